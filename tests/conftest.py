@@ -1,0 +1,135 @@
+"""Tiny random pipelines and shards, built here and never fetched, and the scripts imported as modules."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_lcm_distill_sd_wds.py"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+
+def load_script(path):
+    """Imports a script by its path, as a user who copied it would run it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def lcm():
+    return load_script(SCRIPT)
+
+
+def make_tokenizer(folder):
+    """A CLIPTokenizer over single characters."""
+    from transformers import CLIPTokenizer
+
+    vocabulary = {}
+    for character in "abcdefghijklmnopqrstuvwxyz0123456789":
+        vocabulary[character] = len(vocabulary)
+        vocabulary[character + "</w>"] = len(vocabulary)
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16), len(vocabulary)
+
+
+def make_pipeline(folder, prediction_type="epsilon", time_cond_proj_dim=None, in_channels=4, seed=0):
+    """Saves a random StableDiffusionPipeline of about 100,000 parameters (VAE factor 2) and returns its path."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    tokenizer, size = make_tokenizer(folder / "tokenizer-source")
+    text = CLIPTextConfig(vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                          num_attention_heads=2, max_position_embeddings=16, eos_token_id=size - 1)  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=[8, 16], norm_num_groups=4, latent_channels=4, sample_size=16,
+                        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=8, in_channels=in_channels, block_out_channels=[8, 16], norm_num_groups=4,
+                                layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
+                                down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+                                up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+                                time_cond_proj_dim=time_cond_proj_dim)  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                              clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type)  # fmt: skip
+    StableDiffusionPipeline(vae, CLIPTextModel(text), tokenizer, unet, scheduler, None, None,
+                            requires_safety_checker=False).save_pretrained(folder / "pipeline")  # fmt: skip
+    return str(folder / "pipeline")
+
+
+def image_bytes(seed=0, size=(20, 16), kind="PNG", mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, kind)
+    return stream.getvalue()
+
+
+def write_shard(path, members):
+    """Writes a tar of (name, bytes) members."""
+    with tarfile.open(path, "w") as shard:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def make_shards(folder, counts):
+    """Shards of PNGs whose captions are their numbers: "0", "1", … over all shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    for index, count in enumerate(counts):
+        members = []
+        for _ in range(count):
+            info = {"original_width": 20, "original_height": 16}
+            members += [(f"{number:05}.png", image_bytes(number)), (f"{number:05}.txt", str(number).encode()),
+                        (f"{number:05}.json", json.dumps(info).encode())]  # fmt: skip
+            number += 1
+        write_shard(folder / f"{index:05}.tar", members)
+    return str(folder / ("{00000..%05d}.tar" % (len(counts) - 1)))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return make_pipeline(tmp_path_factory.mktemp("epsilon"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("shards"), [7, 5, 9])
+
+
+def tiny_args(teacher, shards, output, *more):
+    """A command line that runs in seconds; later flags override earlier ones."""
+    return ["--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--output_dir", str(output),
+            "--resolution", "16", "--train_batch_size", "2", "--max_train_steps", "4", "--num_ddim_timesteps", "10",
+            "--learning_rate", "1e-3", "--dataloader_num_workers", "0", "--report_to", "none", "--logging_steps", "1",
+            "--validation_steps", "0", "--checkpointing_steps", "0", *more]  # fmt: skip
+
+
+def run_script(arguments, processes=1, script=SCRIPT, cwd=None, timeout=300):
+    """Runs a script as a user does, in processes of its own; returns the CompletedProcess."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    command = [*(launch if processes > 1 else [sys.executable]), str(script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def read_metrics(output):
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
