@@ -17,9 +17,9 @@ w is given to the student as an embedding; `guidance_scale` of a diffusers pipel
         --train_shards_path_or_url="cc12m/{00000..01242}.tar" --max_train_samples=12000000 --max_train_steps=10000 \
         --train_batch_size=24 --mixed_precision=bf16 --gradient_checkpointing --output_dir=lcm-sd15
 
-`output_dir` then holds a StableDiffusionPipeline with a matching LCMScheduler. The first pictures to trust come after a
-few thousand steps; `fidelity/*` in metrics.jsonl tells earlier whether the student follows its teacher. A run that was
-stopped goes on with `--resume_from_checkpoint=latest`, and ends in the very weights of a run that was not.
+`output_dir` then holds a StableDiffusionPipeline with a matching LCMScheduler. `fidelity/*` in metrics.jsonl tells early
+whether the student follows its teacher. A run that was stopped goes on with `--resume_from_checkpoint=latest`, and ends
+in the very weights of a run that was not.
 """
 
 import argparse
@@ -40,25 +40,21 @@ import shlex
 import shutil
 import signal
 import tarfile
+import textwrap
 import time
 import urllib.request
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DiffusionPipeline,
-    LCMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -70,6 +66,12 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 logger = logging.getLogger("train")
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INTERPOLATION = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
+INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
+                   "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------- arguments
 
@@ -79,97 +81,103 @@ def fail(message):
     raise SystemExit(f"error: {message}")
 
 
+def number(kind, low, high=math.inf):
+    """An argparse type: a number within [low, high]."""
+
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text} must be at least {low}" + (f", at most {high}" * (high < math.inf))
+            )
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def add_model_args(parser):
-    group = parser.add_argument_group("models")
-    add = group.add_argument
+    add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", required=True, help="hub id or folder of the pipeline to distil")
     add("--pretrained_vae_model_name_or_path", help="another VAE: hub id or folder")
     add("--teacher_revision", help="revision of the teacher's repository")
     add("--revision", help="revision of the VAE's repository (--pretrained_vae_model_name_or_path)")
     add("--cache_dir", help="where downloaded models are kept")
     add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, help="teacher in the compute precision (default)")
-    add("--unet_time_cond_proj_dim", type=int, default=256, help="width of the guidance embedding w")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, about 1/4 slower")
+    add("--unet_time_cond_proj_dim", type=number(int, 4), default=256, help="width of the guidance embedding w")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's sdpa")
     add("--compile", action="store_true", help="torch.compile the U-Nets: minutes at the start, faster afterwards")
 
 
 def add_data_args(parser):
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", nargs="+", required=True, metavar="SHARDS",
         help="tar shards: brace patterns, paths, http(s) URLs, pipe: commands, or a .txt list with one a line")  # fmt: skip
-    add("--max_train_samples", type=int, help="samples in an epoch (counted at the start where shards are local files)")
-    add("--resolution", type=int, default=512, help="side of the square training images, in pixels")
+    add("--max_train_samples", type=number(int, 1), help="samples in an epoch (default: counted, if shards are files)")
+    add("--resolution", type=number(int, 1), default=512, help="side of the square training images, in pixels")
     add("--interpolation_type", default="bilinear", choices=sorted(INTERPOLATION), help="filter of the resize")
     add("--center_crop", action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
-    add("--proportion_empty_prompts", type=float, default=0.0, help="share of captions that are replaced by ''")
-    add("--min_image_size", type=int, default=0, help="skip samples whose JSON gives a smaller side (0: keep all)")
+    add("--proportion_empty_prompts", type=number(float, 0, 1), default=0.0, help="share of captions replaced by ''")
+    add("--min_image_size", type=number(int, 0), default=0, help="skip samples whose JSON gives a smaller side")
     add("--max_pwatermark", type=float, default=0.5, help="skip samples whose JSON gives a higher pwatermark")
-    add("--max_bad_samples", type=float, default=0.5, help="stop if more than this share of 1,000 samples is broken")
-    add("--shuffle_buffer_size", type=int, default=1000, help="undecoded samples a loader worker shuffles")
-    add("--shard_timeout", type=float, default=60.0, help="seconds without data after which a URL or pipe is given up")
-    add(
-        "--dataloader_num_workers",
-        type=int,
-        default=4,
-        help="loader processes a rank (0: load in the training process)",
-    )
+    add("--max_bad_samples", type=number(float, 0, 1), default=0.5, help="stop if more of 1,000 samples are broken")
+    add("--shuffle_buffer_size", type=number(int, 1), default=1000, help="undecoded samples a loader worker shuffles")
+    add("--shard_timeout", type=float, default=60.0, help="seconds without data until a URL or pipe is given up")
+    add("--dataloader_num_workers", type=number(int, 0), default=4, help="loader processes for each rank")
 
 
 def add_method_args(parser):
-    group = parser.add_argument_group("distillation")
-    add = group.add_argument
-    add("--num_ddim_timesteps", type=int, default=50, help="N, points of the teacher's DDIM grid")
-    add("--w_min", type=float, default=5.0, help="lowest guidance weight (w = guidance_scale - 1)")
-    add("--w_max", type=float, default=15.0, help="highest guidance weight; 0 with --w_min 0: no unconditional pass")
+    add = parser.add_argument_group("distillation").add_argument
+    add("--num_ddim_timesteps", type=number(int, 1), default=50, help="N, points of the teacher's DDIM grid")
+    add("--w_min", type=number(float, 0), default=5.0, help="lowest guidance weight (w = guidance_scale - 1)")
+    add("--w_max", type=number(float, 0), default=15.0, help="highest guidance weight; 0: no unconditional pass")
     add("--loss_type", default="l2", choices=["l2", "huber"], help="distance d")
     add("--huber_c", type=float, default=0.001, help="c in sqrt(d² + c²) − c")
-    add("--ema_decay", type=float, default=0.95, help="decay of the target network θ⁻")
+    add("--ema_decay", type=number(float, 0, 1), default=0.95, help="decay of the target network θ⁻")
     add("--timestep_scaling_factor", type=float, default=10.0, help="s in c_skip and c_out")
 
 
 def add_training_args(parser):
-    group = parser.add_argument_group("training")
-    add = group.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--seed", type=int, default=0, help="of data order, noise, timesteps and guidance weights")
-    add("--train_batch_size", type=int, default=16, help="images a process and micro-step")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps in an optimizer step")
-    add("--num_train_epochs", type=int, default=100, help="epochs, where --max_train_steps is not given")
-    add("--max_train_steps", type=int, help="optimizer steps in all")
+    add("--train_batch_size", type=number(int, 1), default=16, help="images a process and micro-step")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-steps in an optimizer step")
+    add("--num_train_epochs", type=number(int, 1), default=100, help="epochs, where --max_train_steps is not given")
+    add("--max_train_steps", type=number(int, 1), help="optimizer steps in all")
     add("--learning_rate", type=float, default=8e-6, help="peak learning rate")
     add("--scale_lr", action="store_true", help="multiply it by batch size × accumulation × processes")
     add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="schedule of the learning rate")
-    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps of linear warm-up (not for 'constant')")
+    add("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of linear warm-up (not for 'constant')")
     add("--use_8bit_adam", action="store_true", help="bitsandbytes AdamW8bit: a quarter of the optimizer's memory")
-    add("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
-    add("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
+    add("--adam_beta1", type=number(float, 0, 1), default=0.9, help="decay of the first moment")
+    add("--adam_beta2", type=number(float, 0, 1), default=0.999, help="decay of the second moment")
     add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
     add("--adam_epsilon", type=float, default=1e-8, help="epsilon of Adam")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    add("--mixed_precision", default=None, choices=["no", "fp16", "bf16"], help="default: as `accelerate config` says")
+    add("--mixed_precision", choices=list(DTYPES), help="default: as `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
-    add("--vae_encode_batch_size", type=int, default=32, help="images the VAE encodes at once")
+    add("--vae_encode_batch_size", type=number(int, 1), default=32, help="images the VAE encodes at once")
 
 
 def add_output_args(parser):
-    group = parser.add_argument_group("output")
-    add = group.add_argument
+    add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="lcm-distilled", help="folder of the run")
     add("--logging_dir", default="logs", help="tracker files, below --output_dir")
-    add("--logging_steps", type=int, default=10, help="steps between two lines of metrics.jsonl (each one a host sync)")
+    add("--logging_steps", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (a host sync)")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "all", "none"], help="trackers")
     add("--tracker_project_name", default="lcm-distill", help="project in the trackers")
-    add("--checkpointing_steps", type=int, default=500, help="steps between two checkpoints (0: none)")
-    add("--checkpoints_total_limit", type=int, help="checkpoints to keep")
+    add("--checkpointing_steps", type=number(int, 0), default=500, help="steps between checkpoints (0: none)")
+    add("--checkpoints_total_limit", type=number(int, 1), help="checkpoints to keep")
     add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
-    add("--validation_steps", type=int, default=200, help="steps between two validations (0: none)")
+    add("--validation_steps", type=number(int, 0), default=200, help="steps between validations (0: none)")
     add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line")
     add("--validation_negative_prompt", default="", help="negative prompt of the teacher in validation")
-    add("--validation_guidance_scale", type=float, help="w + 1 (default: the middle of the trained range)")
-    add("--validation_num_inference_steps", type=int, nargs="+", default=[1, 2, 4, 8], help="steps of the student")
-    add("--num_validation_images", type=int, default=2, help="seeds for each prompt, for the fidelity figures")
+    add("--validation_guidance_scale", type=number(float, 1), help="w + 1 (default: middle of the trained range)")
+    add(
+        "--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="student's steps"
+    )
+    add("--num_validation_images", type=number(int, 1), default=2, help="seeds for each prompt, for the fidelity")
     add("--push_to_hub", action="store_true", help="upload the exported pipeline")
     add("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
     add("--hub_token", help="token for the upload; never written to any file")
@@ -192,18 +200,9 @@ def parse_args(argv=None):
     for add_group in (add_model_args, add_data_args, add_method_args, add_training_args, add_output_args):
         add_group(parser)
     args = parser.parse_args(argv)
-    positive = ["resolution", "num_ddim_timesteps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"]
-    positive += ["num_train_epochs", "vae_encode_batch_size", "shuffle_buffer_size", "num_validation_images"]
-    optional = ["max_train_steps", "max_train_samples", "checkpoints_total_limit"]
-    for name in positive + [name for name in optional if getattr(args, name) is not None]:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name, low, high in [("ema_decay", 0, 1), ("proportion_empty_prompts", 0, 1), ("max_bad_samples", 0, 1)]:
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name} must lie in [{low}, {high}], got {getattr(args, name)}")
-    if not 0 <= args.w_min <= args.w_max:
-        parser.error(f"needed: 0 <= --w_min <= --w_max, got {args.w_min} and {args.w_max}")
-    if not all(1 <= k <= args.num_ddim_timesteps for k in args.validation_num_inference_steps):
+    if args.w_min > args.w_max:
+        parser.error(f"--w_min {args.w_min} is above --w_max {args.w_max}")
+    if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
         parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -216,28 +215,28 @@ def parse_args(argv=None):
 
 def check_environment(args):
     """Refuses what this machine cannot do: a folder it cannot write, xformers, bitsandbytes, fp16, trackers."""
-    output = Path(args.output_dir)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with open(output / f".writable-{os.getpid()}", "wb"):
-            pass
-        (output / f".writable-{os.getpid()}").unlink()
+        probe = Path(args.output_dir, f".writable-{os.getpid()}")
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
     except OSError as error:
-        fail(f"--output_dir {output} cannot be written: {error}")
-    gpu = torch.cuda.is_available()
-    if args.mixed_precision == "fp16" and not gpu:
+        fail(f"--output_dir {args.output_dir} cannot be written: {error}")
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
-    wanted = {"wandb": args.report_to in ("wandb", "all"), "tensorboard": args.report_to in ("tensorboard", "all")}
-    wanted |= {"xformers": args.enable_xformers_memory_efficient_attention, "bitsandbytes": args.use_8bit_adam}
-    for package in [package for package, is_wanted in wanted.items() if is_wanted]:
+    if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
+        fail("--enable_xformers_memory_efficient_attention needs a GPU; without it PyTorch's attention is used")
+    wanted = {"wandb": args.report_to in ("wandb", "all"), "tensorboard": args.report_to in ("tensorboard", "all"),
+              "xformers": args.enable_xformers_memory_efficient_attention, "bitsandbytes": args.use_8bit_adam}  # fmt: skip
+    for package in (package for package, is_wanted in wanted.items() if is_wanted):
         try:
             __import__(package)
         except Exception as error:
             fail(f"a flag asks for {package}, which cannot be imported here ({error}); install it or drop the flag")
-    if args.enable_xformers_memory_efficient_attention and not gpu:
-        fail("--enable_xformers_memory_efficient_attention needs a GPU; without it PyTorch's attention is used")
-    if not args.resume_from_checkpoint and list_checkpoints(output):
-        fail(f"{output} holds checkpoints of another run; add --resume_from_checkpoint latest or take another folder")
+    if not args.resume_from_checkpoint and list_checkpoints(args.output_dir):
+        fail(
+            f"--output_dir {args.output_dir} holds a run's checkpoints; add --resume_from_checkpoint latest or take another"
+        )
 
 
 def redact(value):
@@ -261,9 +260,16 @@ def public_args(args):
 IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
 MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json"}  # nothing else of a shard is ever read
 MAX_IMAGE_PIXELS = 2**26
-SKIP_REASONS = ("unreadable shard", "duplicate member", "no image", "no caption", "broken image", "image too large",
-                "below min_image_size", "above max_pwatermark")  # fmt: skip
 FILTERS = ("below min_image_size", "above max_pwatermark")
+SKIP_REASONS = (
+    *FILTERS,
+    "unreadable shard",
+    "duplicate member",
+    "no image",
+    "no caption",
+    "broken image",
+    "image too large",
+)
 
 
 class BadSample(Exception):
@@ -271,17 +277,13 @@ class BadSample(Exception):
 
 
 class ShardReader:
-    """Reads a subprocess's output (webdataset opens URLs and `pipe:` commands as such) with a time limit.
-
-    Raises TimeoutError after `timeout` seconds without a byte, OSError if the command failed.
-    """
+    """Reads the process that webdataset starts for a URL or `pipe:` command; TimeoutError after `timeout` idle seconds."""
 
     def __init__(self, pipe, timeout):
         self.pipe, self.timeout = pipe, timeout
 
     def read(self, size):
-        ready, _, _ = select.select([self.pipe.stream], [], [], self.timeout)
-        if not ready:
+        if not select.select([self.pipe.stream], [], [], self.timeout)[0]:
             raise TimeoutError(f"no data for {self.timeout:g} s")
         data = os.read(self.pipe.stream.fileno(), size)
         if not data and (status := self.pipe.proc.wait(self.timeout)) != 0:
@@ -294,45 +296,40 @@ class ShardReader:
         self.pipe.proc.wait()
 
 
-def open_shard(url, timeout):
-    """Opens a path, URL or `pipe:` command with webdataset's own opener."""
-    stream = gopen(url, "rb")
-    return ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream
-
-
 def read_shard(url, timeout, tries=3):
     """Yields the undecoded samples of a shard: dicts of member name → bytes, plus `__key__`.
 
-    URLs and pipes that fail are tried again, after 1 and 2 seconds, from where they broke off. What is left of a shard that fails for
-    good, and members that stand twice, are yielded as samples with a `__fault__`, so that they are counted with the others.
+    URLs and pipes that fail are opened again, after 1 and 2 seconds, and read on from where they broke off. A shard that
+    fails for good, and members that stand twice, are yielded as samples with a `__fault__`, to be counted with the others.
     """
 
-    def is_wanted(name):
-        return name.rsplit(".", 1)[-1].lower() in MEMBERS
-
-    def duplicate(error):
+    def note_duplicate(error):
         faults.append({"__key__": url, "__fault__": BadSample("duplicate member", str(error.args[0]))})
         return True
 
     done, faults, is_remote = 0, [], url.startswith("pipe:") or "://" in url
-    for attempt in range(tries if is_remote else 1):
+    tries = tries if is_remote else 1
+    for attempt in range(tries):
+        faults.clear()
         try:
-            faults.clear()
-            with contextlib.closing(open_shard(url, timeout)) as stream:
-                members = ({**member, "__url__": url} for member in tar_file_iterator(stream, select_files=is_wanted))
-                for index, sample in enumerate(group_by_keys(members, handler=duplicate)):
+            stream = gopen(url, "rb")
+            with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
+                members = tar_file_iterator(
+                    stream, select_files=lambda name: name.rsplit(".", 1)[-1].lower() in MEMBERS
+                )
+                members = ({**member, "__url__": url} for member in members)
+                for index, sample in enumerate(group_by_keys(members, handler=note_duplicate)):
                     if index == done:
                         done += 1
                         yield sample
-                while stream.read(1 << 16):  # the command's exit status counts, after the end of the archive too
+                while stream.read(1 << 16):  # past the archive's end: the command's exit status counts too
                     pass
             break
-        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-            fault = BadSample("unreadable shard", f"{redact(url)}: {error}")
-            if attempt + 1 < tries and is_remote:
+        except Exception as error:  # tarfile, its decompressors and the opener raise many kinds
+            if attempt + 1 < tries:
                 time.sleep(2**attempt)
             else:
-                faults.append({"__key__": url, "__fault__": fault})
+                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(str(error)))})
     yield from faults
 
 
@@ -349,16 +346,10 @@ def shuffled(samples, size, rng):
     yield from buffer
 
 
-INTERPOLATION = {
-    name: getattr(Image.Resampling, name.upper()) for name in Image.Resampling.__members__ for name in [name.lower()]
-}
-INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST
-
-
 def to_rgb(image):
     """Converts every PIL mode to RGB: 16-bit grey scaled, transparency over white, CMYK and palettes resolved."""
     if image.mode.startswith(("I", "F")):
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -366,55 +357,49 @@ def to_rgb(image):
 
 
 def load_image(data, resolution, resample):
-    """Decodes image bytes so that the shorter side is `resolution` pixels; JPEGs are decoded at reduced size.
+    """Decodes image bytes, upright and in RGB, so that the shorter side has `resolution` pixels.
 
-    Returns the upright RGB image and its size (width, height) before the resize. Raises BadSample.
+    JPEGs are decoded at reduced size where that suffices. Returns the image and its size (width, height) before the
+    resize. Raises BadSample.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise BadSample("image too large", f"{image.width}x{image.height} pixels")
-        original, scale = image.size, resolution / min(image.size)
-        image.draft(None, [math.ceil(side * scale) for side in image.size])
-        image = to_rgb(ImageOps.exif_transpose(image))
-    except BadSample:
-        raise
+        size = image.size
+        if size[0] * size[1] <= MAX_IMAGE_PIXELS:
+            image.draft(None, [math.ceil(side * resolution / min(size)) for side in size])
+            image = to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise almost anything on damaged data
         raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
-    if (image.width < image.height) != (original[0] < original[1]):
-        original = original[::-1]
-    size = [max(resolution, round(side * resolution / min(original))) for side in original]
-    return image.resize(size, resample), original
+    if size[0] * size[1] > MAX_IMAGE_PIXELS:
+        raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
+    if (image.width < image.height) != (size[0] < size[1]):
+        size = size[::-1]
+    return image.resize([max(resolution, round(side * resolution / min(size))) for side in size], resample), size
 
 
 def read_captions(sample, info):
-    """Returns the captions of a sample: its text members, or `caption`/`text` (a string or a list) of its JSON."""
-    captions = [sample[name].decode("utf-8", errors="replace").strip() for name in CAPTION_MEMBERS if name in sample]
-    for name in ("caption", "captions", "text"):
-        if not captions and info.get(name) is not None:
-            value = info[name]
-            captions = [str(text).strip() for text in (value if isinstance(value, list) else [value])]
-    return captions
+    """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
+    captions = [sample[name].decode("utf-8", errors="replace") for name in CAPTION_MEMBERS if name in sample]
+    values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
+    if not captions and values:
+        captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
+    return [caption.strip() for caption in captions]
 
 
 def check_filters(info, args):
     """Applies the size and watermark filters to a sample's JSON. What is missing or not a number never rejects."""
-
-    def number(*names):
-        values = [info.get(name) for name in names if isinstance(info.get(name), (int, float))]
-        return values[0] if values else None
-
-    sides = [number("original_width", "width", "WIDTH"), number("original_height", "height", "HEIGHT")]
-    if any(side is not None and side < args.min_image_size for side in sides):
-        raise BadSample("below min_image_size", f"{sides[0]}x{sides[1]}")
-    if (pwatermark := number("pwatermark")) is not None and pwatermark > args.max_pwatermark:
+    numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
+    for side in ("width", "height"):
+        if (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
+            raise BadSample("below min_image_size", f"{side} {size}")
+    if (pwatermark := numbers.get("pwatermark", -math.inf)) > args.max_pwatermark:
         raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
 
 
 def decode_sample(sample, args, rng):
     """Turns an undecoded sample into `(pixels, caption)`; pixels: uint8, (3, resolution, resolution). Raises BadSample.
 
-    `rng` decides caption, caption dropout, crop and flip, always in this order and number of draws.
+    `rng` decides caption, caption dropout, crop and flip, always with the same number of draws.
     """
     pick, drop, left, top, flip = (rng.random() for _ in range(5))
     if "__fault__" in sample:
@@ -431,7 +416,7 @@ def decode_sample(sample, args, rng):
         raise BadSample("no image", f"needed: {', '.join(IMAGE_MEMBERS)}; found: {found}")
     captions = read_captions(sample, info)
     if not captions:
-        raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} or a JSON field caption; found: {found}")
+        raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} or caption in the json; found: {found}")
     caption = captions[int(pick * len(captions))] if drop >= args.proportion_empty_prompts else ""
     image, _ = load_image(data, args.resolution, INTERPOLATION[args.interpolation_type])
     left, top = (0.5, 0.5) if args.center_crop else (left, top)
@@ -448,19 +433,16 @@ class ShardStream(torch.utils.data.IterableDataset):
     Shard position p means shard permutation(epoch = p // S)[p % S], seeded by (seed, epoch). The stream's items are
     `leftover` (positions with the number of samples already used) and then all positions from `next` on; global worker
     g of G takes the items g, g + G, …. The cursor of a worker, (item, sample), is what it will read next; samples are
-    counted in the shard's shuffled order, which depends on (seed, p) alone, and so does every random choice in decoding.
+    counted in the shard's shuffled order, which depends on (seed, p) alone, as does every random choice in decoding.
 
-    `state` is what `state_dict()` of the run's `BatchReader`s gave, or None. A batch is a dict: pixel_values uint8
-    (batch, 3, height, width), captions, worker, cursor, skipped (Counter by reason) and details (the first of each).
+    `state` is None, or `stream` of a checkpoint's state.json. A batch is a dict: pixel_values uint8 (batch, 3, height,
+    width), captions, worker, cursor, skipped (Counter of reasons), details (an example of each); or it has an `error`.
     """
 
     def __init__(self, urls, args, rank=0, world_size=1, state=None):
         self.urls, self.args, self.rank = urls, args, rank
         self.num_workers = max(1, args.dataloader_num_workers)
         self.state = resume_stream(state, world_size * self.num_workers)
-
-    def item(self, index):
-        return stream_item(self.state, index)
 
     def shard_samples(self, position, start):
         """Yields (number, undecoded sample) of the shard at `position`, from sample `start` of its shuffled order."""
@@ -469,53 +451,51 @@ class ShardStream(torch.utils.data.IterableDataset):
         random.Random(f"{self.args.seed}/epoch/{epoch}").shuffle(order)
         samples = read_shard(self.urls[order[index]], self.args.shard_timeout)
         rng = random.Random(f"{self.args.seed}/shard/{position}")
-        for number, sample in enumerate(shuffled(samples, self.args.shuffle_buffer_size, rng)):
-            if number >= start:
-                yield number, sample
+        for count, sample in enumerate(shuffled(samples, self.args.shuffle_buffer_size, rng)):
+            if count >= start:
+                yield count, sample
 
     def usable_samples(self, worker):
-        """Yields (pixels, caption, cursor after it, skipped, details) for ever. Raises BadSample when too few are usable."""
-        recent, skipped, details, barren = deque(maxlen=1000), Counter(), {}, 0
+        """Yields (pixels, caption, cursor after it) for ever. Raises BadSample when too few samples are usable."""
+        recent, barren = deque(maxlen=1000), 0
         item, start = self.state["cursors"][self.rank * self.num_workers + worker]
-        while True:
-            position, offset = self.item(item)
+        self.skipped, self.details = Counter(), {}
+        while barren <= len(self.urls):
+            position, offset = stream_item(self.state, item)
             barren += 1
-            for number, sample in self.shard_samples(position, max(start, offset)):
+            for index, sample in self.shard_samples(position, max(start, offset)):
                 try:
-                    rng = random.Random(f"{self.args.seed}/sample/{position}/{number}")
-                    pixels, caption = decode_sample(sample, self.args, rng)
+                    rng = random.Random(f"{self.args.seed}/sample/{position}/{index}")
+                    yield *decode_sample(sample, self.args, rng), (item, index + 1)
+                    recent.append(None)
+                    barren = 0
                 except BadSample as bad:
-                    reason, detail = bad.args
-                    skipped[reason] += 1
-                    details.setdefault(reason, f"{redact(sample['__key__'])}: {detail}")
-                    recent.append(reason)
-                    faults = sum(reason is not None and reason not in FILTERS for reason in recent)
+                    self.skipped[bad.args[0]] += 1
+                    self.details.setdefault(bad.args[0], f"{redact(sample['__key__'])}: {bad.args[1]}")
+                    recent.append(bad.args[0])
+                    faults = sum(reason not in (None, *FILTERS) for reason in recent)
                     if len(recent) == 1000 and (faults > 1000 * self.args.max_bad_samples or None not in recent):
-                        raise BadSample("of the last 1,000 samples too many were skipped", dict(skipped)) from bad
-                    continue
-                recent.append(None)
-                yield pixels, caption, (item, number + 1), skipped, details
-                skipped, details, barren = Counter(), {}, 0
-            if barren > len(self.urls):
-                raise BadSample("a whole epoch gave no usable sample", dict(skipped))
+                        raise BadSample("too few of the last 1,000 samples are usable") from bad
             item, start = item + self.state["stride"], 0
+        raise BadSample("a whole epoch gave no usable sample")
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker = ((info.id if info else 0) + self.state["turn"]) % self.num_workers
-        samples, batch, skipped, details = self.usable_samples(worker), [], Counter(), {}
+        batch = []
         try:
-            for pixels, caption, cursor, new_skipped, new_details in samples:
+            for pixels, caption, cursor in self.usable_samples(worker):
                 batch.append((pixels, caption))
-                skipped, details = skipped + new_skipped, {**new_details, **details}
                 if len(batch) == self.args.train_batch_size:
-                    pixel_values = torch.stack([pixels for pixels, _ in batch])
-                    captions = [caption for _, caption in batch]
-                    yield {"pixel_values": pixel_values, "captions": captions, "worker": worker, "cursor": cursor,
-                           "skipped": dict(skipped), "details": details}  # fmt: skip
-                    batch, skipped, details = [], Counter(), {}
-        except BadSample as bad:  # an exception would reach the trainer as a traceback of the worker
-            yield {"error": f"{bad.args[0]}: {bad.args[1]}; see --max_bad_samples and the filters in --help"}
+                    pixels, captions = zip(*batch, strict=True)
+                    yield {"pixel_values": torch.stack(pixels), "captions": list(captions), "worker": worker,
+                           "cursor": cursor, "skipped": self.skipped, "details": self.details}  # fmt: skip
+                    batch, self.skipped, self.details = [], Counter(), {}
+        except BadSample as bad:  # as an exception it would reach the user as a worker's traceback
+            reasons = "; ".join(f"{count} × {reason}, {self.details[reason]}" for reason, count in self.skipped.items())
+            yield {
+                "error": f"{bad.args[0]} (see --max_bad_samples and the filters): {reasons or 'the shards are empty'}"
+            }
 
 
 def stream_item(state, index):
@@ -527,24 +507,24 @@ def stream_item(state, index):
 def resume_stream(state, stride):
     """Returns the stream state with which `stride` global workers go on where the workers of `state` stopped.
 
-    With as many workers the state is taken as it is: the run goes on exactly. Otherwise what was not used becomes the
-    new list of items: no sample of the epoch is repeated or lost, but the order of the samples changes.
+    With as many workers that is `state` itself: the run goes on exactly. Otherwise what was not used becomes the new
+    list of items: no sample of the epoch is repeated or lost, but their order changes.
     """
-    if state is None:
-        state = {"leftover": [], "next": 0}
-    elif state["stride"] == stride:
+    if state and state["stride"] == stride:
         return state
-    else:
-        cursors, leftover = state["cursors"], []
+    leftover, end = [], 0
+    if state:
+        logger.warning("The number of loader workers changed: no sample is repeated or lost, but their order changes.")
+        cursors = state["cursors"]
         end = max([len(state["leftover"]), *(item + 1 for item, _ in cursors)])
         for index in range(min(item for item, _ in cursors), end):
             item, sample = cursors[index % len(cursors)]
             position, offset = stream_item(state, index)
             if index >= item:
                 leftover.append([position, max(offset, sample) if index == item else offset])
-        state = {"leftover": leftover, "next": stream_item(state, end)[0]}
-        logger.warning("The number of loader workers changed: no sample is repeated or lost, but the order changes.")
-    return {**state, "stride": stride, "cursors": [[g, 0] for g in range(stride)], "turn": 0}
+    start = stream_item(state, end)[0] if state else 0
+    cursors = [[worker, 0] for worker in range(stride)]
+    return {"leftover": leftover, "next": start, "stride": stride, "cursors": cursors, "turn": 0}
 
 
 class BatchReader:
@@ -558,15 +538,11 @@ class BatchReader:
             Counter(),
             set(),
         )
-        first = stream.rank * stream.num_workers
+        first, workers = stream.rank * stream.num_workers, stream.args.dataloader_num_workers
         self.cursors = [list(cursor) for cursor in stream.state["cursors"][first : first + stream.num_workers]]
-        workers = stream.args.dataloader_num_workers
-        prefetch = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
-        pin = device.type == "cuda"
-        self.loader = torch.utils.data.DataLoader(
-            stream, batch_size=None, num_workers=workers, pin_memory=pin, **prefetch
-        )
-        self.batches = iter(self.loader)
+        self.batches = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers,
+                                                        pin_memory=device.type == "cuda",
+                                                        prefetch_factor=4 if workers else None))  # fmt: skip
 
     def next_batch(self):
         start = time.perf_counter()
@@ -579,9 +555,7 @@ class BatchReader:
         self.skipped.update(batch["skipped"])
         for reason in batch["details"].keys() - self.named:
             self.named.add(reason)
-            logger.warning(
-                "Skipped a sample (%s), and from now on count such ones: %s", reason, batch["details"][reason]
-            )
+            logger.warning("Skipped (%s; from now on only counted): %s", reason, batch["details"][reason])
         return batch
 
 
@@ -589,25 +563,24 @@ def expand_shards(patterns):
     """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
     urls = []
     for pattern in patterns:
-        if pattern.endswith(".txt") and not pattern.startswith("pipe:"):
-            if not os.path.isfile(pattern):
-                fail(f"--train_shards_path_or_url: the list {pattern} does not exist")
-            lines = [line.strip() for line in Path(pattern).read_text(encoding="utf-8").splitlines()]
-            listed = [url for line in lines if line and not line.startswith("#") for url in expand_urls(line)]
-            if any(url.startswith("pipe:") for url in listed):
-                fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
-            urls += listed
-        else:
+        if not pattern.endswith(".txt") or pattern.startswith("pipe:"):
             urls += expand_urls(pattern)
-    if not urls:
-        fail("--train_shards_path_or_url names no shard")
-    return urls
+            continue
+        try:
+            lines = Path(pattern).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            fail(f"--train_shards_path_or_url: the list {pattern} cannot be read: {error.strerror}")
+        listed = [url for line in lines if line.strip() and line[0] != "#" for url in expand_urls(line.strip())]
+        if any(url.startswith("pipe:") for url in listed):
+            fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
+        urls += listed
+    return urls or fail("--train_shards_path_or_url names no shard")
 
 
 def check_shards(urls, args, most=100):
     """Names every local shard that is missing and every URL (of the first `most`) that does not answer; never hangs.
 
-    Then reads until a sample is usable, and if the first shard holds none says what was found instead.
+    Then reads the first shard until a sample is usable, and says what was found instead if it holds none.
     """
 
     def problem(url):
@@ -616,15 +589,14 @@ def check_shards(urls, args, most=100):
                 request = urllib.request.Request(url, headers={"Range": "bytes=0-511"})
                 urllib.request.urlopen(request, timeout=min(10.0, args.shard_timeout)).close()
             elif not url.startswith("pipe:") and "://" not in url.removeprefix("file:"):
-                with open(re.sub("^file:(//)?", "", url), "rb"):
-                    pass
+                open(re.sub("^file:(//)?", "", url), "rb").close()
         except (OSError, ValueError) as error:
-            return f"{redact(url)} ({error.strerror or error if isinstance(error, OSError) else error})"
+            return f"{redact(url)} ({getattr(error, 'strerror', None) or error})"
 
-    is_local = {url: "://" not in url for url in urls}
+    remote = [url for url in urls if "://" in url]
     with ThreadPoolExecutor(16) as pool:
-        chosen = [url for url in urls if is_local[url]] + [url for url in urls if not is_local[url]][:most]
-        problems = [text for text in pool.map(problem, dict.fromkeys(chosen)) if text]
+        chosen = dict.fromkeys([url for url in urls if "://" not in url] + remote[:most])
+        problems = [text for text in pool.map(problem, chosen) if text]
     if problems:
         fail(f"{len(problems)} of {len(urls)} shards cannot be read: " + "; ".join(problems))
     reasons, examples = Counter(), {}
@@ -634,7 +606,7 @@ def check_shards(urls, args, most=100):
             return
         except BadSample as bad:
             reasons[bad.args[0]] += 1
-            examples.setdefault(bad.args[0], bad.args[1])
+            examples.setdefault(*bad.args)
     text = "; ".join(f"{count} × {reason} ({examples[reason]})" for reason, count in reasons.most_common())
     fail(f"the first shard {redact(urls[0])} holds no usable sample: {text or 'it is empty'}")
 
@@ -656,28 +628,25 @@ def count_samples(urls):
 class Schedule:
     """The teacher's noise schedule, always float32, and the DDIM grid τ_i = (i + 1)·(T // N) − 1, prev(τ_0) = 0.
 
-    Timesteps `t` have shape (batch,), images and latents x (batch, channels, height, width).
+    Timesteps t, s have shape (batch,), latents and network outputs (batch, channels, height, width).
     """
 
     def __init__(self, scheduler, num_ddim_timesteps, device):
         alphas_cumprod = scheduler.alphas_cumprod.to(device, torch.float32)
         self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-        self.prediction_type = scheduler.config.prediction_type
-        self.num_train_timesteps = len(alphas_cumprod)
-        step = self.num_train_timesteps // num_ddim_timesteps
-        self.grid = torch.arange(1, num_ddim_timesteps + 1, device=device) * step - 1
+        self.prediction_type, self.num_train_timesteps = scheduler.config.prediction_type, len(alphas_cumprod)
+        spacing = self.num_train_timesteps // num_ddim_timesteps
+        self.grid = torch.arange(1, num_ddim_timesteps + 1, device=device) * spacing - 1
         self.prev = F.pad(self.grid[:-1], (1, 0))
 
     def alpha_sigma(self, t):
         """α_t and σ_t, shape (batch, 1, 1, 1)."""
         return self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
 
-    def add_noise(self, x_0, eps, t):
-        """x_t = α_t x_0 + σ_t ε; with a prediction (x̂_0, ε̂) and s in place of t, the DDIM jump to s."""
-        alpha, sigma = self.alpha_sigma(t)
+    def jump(self, x_0, eps, s):
+        """x_s = α_s x_0 + σ_s ε: noises data, and with a prediction (x̂_0, ε̂) is the DDIM step to s."""
+        alpha, sigma = self.alpha_sigma(s)
         return alpha * x_0 + sigma * eps
-
-    jump = add_noise
 
     def x0_eps(self, output, x_t, t):
         """Network output → (x̂_0, ε̂), for the three prediction types."""
@@ -703,7 +672,7 @@ def distance(a, b, loss_type, huber_c):
     return square.mean() if loss_type == "l2" else ((square + huber_c**2).sqrt() - huber_c).mean()
 
 
-# ------------------------------------------------------------------------------------------------------------ method
+# ---------------------------------------------------------------------------------------------------------- method
 
 
 @dataclasses.dataclass
@@ -725,17 +694,17 @@ def draw(x_0, schedule, args, generator):
 
 
 class Denoiser:
-    """A U-Net in the paper's terms: `net(x_t, t, c, w)` runs it in its own precision, and gives its output in float32.
+    """A U-Net in the paper's terms: `net(x_t, t, c, w)` runs it in its own precision and gives its output in float32.
 
     c: (batch, tokens, width). w (batch,) goes in as an embedding where the U-Net takes one, and is ignored elsewhere.
     """
 
-    def __init__(self, unet, config=None):
+    def __init__(self, unet, config):
         self.unet, self.dtype = unet, next(unet.parameters()).dtype
-        self.embeds_guidance = (config or unet.config).time_cond_proj_dim
+        self.guidance_dim = config.time_cond_proj_dim
 
     def __call__(self, x_t, t, c, w):
-        w = guidance_embedding(w, self.embeds_guidance).to(self.dtype) if self.embeds_guidance else None
+        w = guidance_embedding(w, self.guidance_dim).to(self.dtype) if self.guidance_dim else None
         return self.unet(x_t.to(self.dtype), t, c.to(self.dtype), timestep_cond=w, return_dict=False)[0].float()
 
 
@@ -749,8 +718,7 @@ def guided_prediction(teacher, schedule, x_t, t, c, uncond, w):
     x_twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
     output = teacher(x_twice, t_twice, torch.cat([c, uncond.expand_as(c)]), None)
     pairs = [value.chunk(2) for value in schedule.x0_eps(output, x_twice, t_twice)]
-    w = w.view(-1, 1, 1, 1)
-    return [cond + w * (cond - without) for cond, without in pairs]
+    return [cond + w.view(-1, 1, 1, 1) * (cond - without) for cond, without in pairs]
 
 
 def consistency_function(net, schedule, x_t, t, c, w, scaling):
@@ -769,21 +737,20 @@ def distillation_loss(student, target, teacher, schedule, x_0, c, uncond, draws,
     """
     f = functools.partial(consistency_function, schedule=schedule, c=c, w=draws.w, scaling=args.timestep_scaling_factor)
     t, t_prev = schedule.grid[draws.index], schedule.prev[draws.index]
-    x_t = schedule.add_noise(x_0, draws.eps, t)  # Alg. 1, line 5
+    x_t = schedule.jump(x_0, draws.eps, t)  # Alg. 1, line 5
     with torch.no_grad():  # before the student, so that these activations are gone when its graph is built
         x0_hat, eps_hat = guided_prediction(teacher, schedule, x_t, t, c, uncond, draws.w)
         x_prev = schedule.jump(x0_hat, eps_hat, t_prev)  # line 6, one solver step
         f_target = f(target, x_t=x_prev, t=t_prev)
-    f_student = f(student, x_t=x_t, t=t)
-    return distance(f_student, f_target, args.loss_type, args.huber_c)  # line 7
+    return distance(f(student, x_t=x_t, t=t), f_target, args.loss_type, args.huber_c)  # line 7
 
 
-# ------------------------------------------------------------------------------------------------------------ models
+# ---------------------------------------------------------------------------------------------------------- models
 
 
 @dataclasses.dataclass
 class Models:
-    """The networks of a run. `student` and `target` are float32, the others in the compute precision and frozen."""
+    """The networks of a run: `student` and `target` float32, the others in the compute precision and frozen."""
 
     tokenizer: object
     text_encoder: torch.nn.Module
@@ -792,18 +759,15 @@ class Models:
     student: torch.nn.Module
     target: torch.nn.Module
     schedule: Schedule
-    scheduler: object  # the teacher's, as a DDPMScheduler: its configuration is exported
+    scheduler: object  # the stock LCMScheduler that is exported
 
 
 def check_teacher(args):
-    """Reads the teacher's small configuration files and refuses what is not a text-to-image latent U-Net of SD 1.x/2.x.
-
-    Returns its scheduler. Raises SystemExit with one line that names the flag, or the script to use instead.
-    """
+    """Reads the teacher's configuration files; refuses what is not a text-to-image U-Net of SD 1.x/2.x. Returns its scheduler."""
     path = args.pretrained_teacher_model
     source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
     try:
-        parts = DiffusionPipeline.load_config(path, **source)
+        parts = diffusers.DiffusionPipeline.load_config(path, **source)
         scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **source)
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", **source) if "unet" in parts else None
     except (OSError, ValueError) as error:
@@ -813,38 +777,37 @@ def check_teacher(args):
             f"{path} is a {parts.get('_class_name')} without a U-Net; this script distils Stable Diffusion 1.x and 2.x"
         )
     if "text_encoder_2" in parts:
-        refiner = not parts.get("text_encoder", [None])[0]
-        fail(f"{path} is an SDXL refiner, which is no text-to-image model" if refiner else
-             f"{path} is an SDXL pipeline; use train_lcm_distill_lora_sdxl_wds.py")  # fmt: skip
+        is_refiner = not parts.get("text_encoder", [None])[0]
+        fail(f"{path} is an SDXL " + ("refiner, which is no text-to-image model" if is_refiner else
+                                      "pipeline; use train_lcm_distill_lora_sdxl_wds.py"))  # fmt: skip
     if unet["in_channels"] != unet["out_channels"]:
-        fail(f"{path} takes {unet['in_channels']} input channels (in-painting, depth or image variation?); "
-             f"a text-to-image U-Net takes {unet['out_channels']}")  # fmt: skip
+        fail(
+            f"{path} takes {unet['in_channels']} channels (in-painting, depth?); text-to-image takes {unet['out_channels']}"
+        )
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         fail(f"{path}: prediction type {scheduler.config.prediction_type!r} is not epsilon, v_prediction or sample")
-    steps = scheduler.config.num_train_timesteps
-    if args.num_ddim_timesteps > steps:
+    steps, spacing = (
+        scheduler.config.num_train_timesteps,
+        scheduler.config.num_train_timesteps // args.num_ddim_timesteps,
+    )
+    if not spacing:
         fail(f"--num_ddim_timesteps {args.num_ddim_timesteps} must lie in 1 … {steps}")
     if steps % args.num_ddim_timesteps:
-        top = steps // args.num_ddim_timesteps * args.num_ddim_timesteps - 1
-        logger.warning("--num_ddim_timesteps does not divide %d: the grid ends at t = %d", steps, top)
+        last = spacing * args.num_ddim_timesteps - 1
+        logger.warning("--num_ddim_timesteps does not divide %d: the grid ends at t = %d", steps, last)
     return scheduler
 
 
 def load_frozen(args, dtype):
     """Loads tokenizer, text encoder and VAE, frozen. The VAE is float32 where its config says `force_upcast`."""
-    path = args.pretrained_teacher_model
-    source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    path, source = args.pretrained_teacher_model, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
     tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **source)
     text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **source)
     if args.pretrained_vae_model_name_or_path:
-        path, source["revision"] = args.pretrained_vae_model_name_or_path, args.revision
-        is_pipeline = not os.path.isdir(path) or os.path.isdir(os.path.join(path, "vae"))
-        try:
-            vae = AutoencoderKL.from_pretrained(path, subfolder="vae" if is_pipeline else None, **source)
-        except OSError:  # a repository that holds a VAE alone
-            vae = AutoencoderKL.from_pretrained(path, **source)
+        vae_path, vae_source = args.pretrained_vae_model_name_or_path, {**source, "revision": args.revision}
     else:
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **source)
+        vae_path, vae_source = path, {**source, "subfolder": "vae"}
+    vae = AutoencoderKL.from_pretrained(vae_path, **vae_source)
     vae.to(torch.float32 if vae.config.get("force_upcast") else dtype)
     return tokenizer, text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
 
@@ -853,44 +816,44 @@ def make_student(teacher, args):
     """Copies the teacher into a float32 student that embeds w. The new projection is zero: it starts as the teacher."""
     width = teacher.config.time_cond_proj_dim or args.unet_time_cond_proj_dim
     student = UNet2DConditionModel.from_config({**teacher.config, "time_cond_proj_dim": width})
+    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"time_embedding.cond_proj.weight"}, (missing, unexpected)
-    if missing:
-        torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
     return student
 
 
 def load_models(args, scheduler, accelerator):
     """Loads all networks of a run to the device, channels-last, with the attention and compilation asked for."""
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    dtype, source = (
+        DTYPES[accelerator.mixed_precision],
+        {"revision": args.teacher_revision, "cache_dir": args.cache_dir},
+    )
     try:
         tokenizer, text_encoder, vae = load_frozen(args, dtype)
         teacher = UNet2DConditionModel.from_pretrained(args.pretrained_teacher_model, subfolder="unet", **source)
     except (OSError, ValueError) as error:
-        fail(f"the teacher or VAE cannot be loaded: {str(error).splitlines()[0]}")
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if args.resolution % factor:
+        fail(f"the teacher or the VAE cannot be loaded: {str(error).splitlines()[0]}")
+    if args.resolution % (factor := 2 ** (len(vae.config.block_out_channels) - 1)):
         fail(f"--resolution {args.resolution} must be a multiple of the VAE's factor, {factor}")
     if vae.config.latent_channels != teacher.config.in_channels:
         fail(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net takes {teacher.config.in_channels}")
-    student, target = make_student(teacher, args), make_student(teacher, args)
-    teacher.to(dtype if args.cast_teacher_unet else torch.float32)
-    for model in (teacher, target):
-        model.requires_grad_(False).eval()
-    if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    for model in (text_encoder, vae, teacher, student, target):
-        model.to(accelerator.device)
+    student, target = make_student(teacher, args).train(), make_student(teacher, args).requires_grad_(False).eval()
+    teacher.to(dtype if args.cast_teacher_unet else torch.float32).requires_grad_(False).eval()
+    text_encoder.to(accelerator.device)
     for model in (vae, teacher, student, target):
-        model.to(memory_format=torch.channels_last)  # twice as fast for the VAE on a CPU, and faster on tensor cores
+        # channels-last is twice as fast for a VAE on a CPU, and faster on tensor cores
+        model.to(accelerator.device, memory_format=torch.channels_last)
     for model in (teacher, student, target):
         if args.enable_xformers_memory_efficient_attention:
             model.enable_xformers_memory_efficient_attention()
         if args.compile:
             model.compile()
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
     schedule = Schedule(scheduler, args.num_ddim_timesteps, accelerator.device)
-    return Models(tokenizer, text_encoder, vae, teacher, student.train(), target, schedule, scheduler)
+    stock = LCMScheduler.from_config(scheduler.config, original_inference_steps=args.num_ddim_timesteps,
+                                     timestep_scaling=args.timestep_scaling_factor)  # fmt: skip
+    return Models(tokenizer, text_encoder, vae, teacher, student, target, schedule, stock)
 
 
 @torch.no_grad()
@@ -910,80 +873,70 @@ def decode_latents(vae, latents):
 @torch.no_grad()
 def encode_prompts(models, captions):
     """Captions → conditioning (batch, tokens, width), in the text encoder's precision."""
-    tokens = models.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
-                              max_length=models.tokenizer.model_max_length)  # fmt: skip
-    mask = None
-    if getattr(models.text_encoder.config, "use_attention_mask", False):
-        mask = tokens.attention_mask.to(models.text_encoder.device)
-    return models.text_encoder(tokens.input_ids.to(models.text_encoder.device), attention_mask=mask)[0]
+    length, encoder = models.tokenizer.model_max_length, models.text_encoder
+    tokens = models.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+    return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
 
 
-# ------------------------------------------------------------------------------------------ checkpoints and export
+# ----------------------------------------------------------------------------------------- checkpoints and export
+
+METER = ("loss", "grad_norm", "steps", "nonfinite_steps", "nonfinite_in_a_row", "longest_in_a_row")
 
 
 @dataclasses.dataclass
 class Run:
-    """Everything a training step touches. `meter` lives on the device, so that a plain step needs no host sync."""
+    """Everything a training step touches."""
 
     args: argparse.Namespace
     accelerator: Accelerator
     models: Models
     nets: dict  # Denoisers: student, target, teacher
-    student: torch.nn.Module  # models.student, wrapped for several processes
     optimizer: torch.optim.Optimizer
     lr_scheduler: object
     reader: BatchReader
     uncond: torch.Tensor | None
-    meter: torch.Tensor  # METER: sums since the last log and counters
+    meter: torch.Tensor  # METER: sums since the last log and counters, on the device: a plain step needs no host sync
     step: int = 0
-    references: dict = dataclasses.field(default_factory=dict)
     stop_signal: int = 0
-
-    @property
-    def output(self):
-        return Path(self.args.output_dir)
-
-
-METER = ("loss", "grad_norm", "steps", "nonfinite_steps", "nonfinite_in_a_row", "longest_in_a_row")
+    references: dict = dataclasses.field(default_factory=dict)  # validation pictures that training does not change
 
 
 def list_checkpoints(output):
     """Whole checkpoints, oldest first; one that was being written when the run died has another name."""
-    found = [path for path in Path(output).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if (path / "state.json").is_file()), key=lambda path: int(path.name[11:]))
+    found = [path for path in Path(output).glob("checkpoint-*/state.json") if path.parent.name[11:].isdigit()]
+    return sorted((path.parent for path in found), key=lambda path: int(path.name[11:]))
 
 
 def save_checkpoint(run):
     """Writes checkpoint-<step> under a temporary name, renames it when whole, and only then removes old ones.
 
-    Collective: every rank must call it. Noise, timesteps and w depend on (seed, step, rank) alone and the data on the cursors,
-    so there are no random states to save.
+    Collective: every rank calls it. There are no random states to save: a step's draws depend on (seed, step, rank), a
+    sample's on (seed, position).
     """
-    args, accelerator, stream = run.args, run.accelerator, run.reader.stream
-    cursors = accelerator.gather(torch.tensor(run.reader.cursors, device=accelerator.device)).tolist()
+    args, accelerator, reader = run.args, run.accelerator, run.reader
+    cursors = accelerator.gather(torch.tensor(reader.cursors, device=accelerator.device)).tolist()
     skipped = reduce_skipped(run)
     if accelerator.is_main_process:
-        final = run.output / f"checkpoint-{run.step}"
-        temporary = run.output / f"tmp-checkpoint-{run.step}"
+        final, temporary = (Path(args.output_dir, f"{name}-{run.step}") for name in ("checkpoint", "tmp-checkpoint"))
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for name in ("student", "target"):
             tensors = {key: value.contiguous() for key, value in getattr(run.models, name).state_dict().items()}
             save_file(tensors, temporary / f"{name}.safetensors")
         torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        stream_state = {**stream.state, "cursors": cursors, "turn": run.reader.turn}
-        state = {"step": run.step, "args": public_args(args), "lr_scheduler": run.lr_scheduler.state_dict(), "scaler": scaler,
-                 "stream": stream_state, "meter": run.meter.tolist(), "skipped": skipped}  # fmt: skip
+        state = {"step": run.step, "args": public_args(args), "lr_scheduler": run.lr_scheduler.state_dict(),
+                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, "meter": run.meter.tolist(),
+                 "stream": {**reader.stream.state, "cursors": cursors, "turn": reader.turn}, "skipped": skipped}  # fmt: skip
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*temporary.iterdir(), temporary):  # on the disk before the name says that it is whole
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         for old in (
-            list_checkpoints(run.output)[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []
+            list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []
         ):
             shutil.rmtree(old)
         logger.info("Saved %s", final)
@@ -992,31 +945,28 @@ def save_checkpoint(run):
 
 def find_checkpoint(args):
     """Resolves --resume_from_checkpoint to (folder, state), or (None, None) for `latest` in a fresh output folder."""
-    if not args.resume_from_checkpoint:
+    wanted = args.resume_from_checkpoint
+    if not wanted:
         return None, None
-    if args.resume_from_checkpoint == "latest":
-        path = (list_checkpoints(args.output_dir) or [None])[-1]
-        if path is None:
+    path = Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir, wanted)
+    if wanted == "latest":
+        if not (found := list_checkpoints(args.output_dir)):
             logger.warning("--resume_from_checkpoint latest: no checkpoint in %s yet, starting afresh", args.output_dir)
             return None, None
-    else:
-        path = Path(args.resume_from_checkpoint)
-        path = path if path.is_dir() else Path(args.output_dir) / path
+        path = found[-1]
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        fail(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no whole checkpoint there ({error})")
+        fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there ({error})")
     ignored = {"output_dir", "resume_from_checkpoint", "train_shards_path_or_url", "dataloader_num_workers"}
-    changed = [
-        k for k, v in public_args(args).items() if k not in ignored and k in state["args"] and state["args"][k] != v
-    ]
+    changed = {k for k, v in public_args(args).items() if state["args"].get(k, v) != v} - ignored
     if changed:
-        logger.warning("Resuming with other values than the checkpoint's for: %s", ", ".join(f"--{k}" for k in changed))
+        logger.warning("Resuming with other values than before for: %s", ", ".join(f"--{k}" for k in sorted(changed)))
     return path, state
 
 
 def load_checkpoint(run, path, state):
-    """Restores everything `save_checkpoint` wrote. Raises SystemExit if a file is damaged or does not fit the model."""
+    """Restores everything `save_checkpoint` wrote; a file that is damaged or does not fit the model is named."""
     try:
         for name in ("student", "target"):
             getattr(run.models, name).load_state_dict(load_file(path / f"{name}.safetensors"))
@@ -1027,30 +977,27 @@ def load_checkpoint(run, path, state):
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.meter.copy_(torch.tensor(state["meter"]))
-    run.reader.skipped.update(state["skipped"] if run.accelerator.is_main_process else {})
     run.step = state["step"]
-    metrics = run.output / "metrics.jsonl"
-    if run.accelerator.is_main_process and metrics.is_file():  # forget what was logged after the checkpoint
-        lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.step]
-        metrics.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
-        metrics.with_suffix(".tmp").rename(metrics)
+    run.meter.copy_(torch.tensor(state["meter"]))
+    metrics = Path(run.args.output_dir, "metrics.jsonl")
+    if run.accelerator.is_main_process:
+        run.reader.skipped.update(state["skipped"])
+        if metrics.is_file():  # forget what was logged after the checkpoint
+            lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.step]
+            metrics.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
+            metrics.with_suffix(".tmp").rename(metrics)
     logger.info("Resumed from %s", path)
 
 
 def export(run):
     """Writes a whole StableDiffusionPipeline (EMA U-Net, matching LCMScheduler), `unet_online` and the model card."""
-    args, output = run.args, run.output
+    args, output = run.args, Path(run.args.output_dir)
     tokenizer, text_encoder, vae = load_frozen(args, torch.float32)  # unrounded, whatever the compute precision was
-    scheduler = LCMScheduler.from_config(run.models.scheduler.config, original_inference_steps=args.num_ddim_timesteps,
-                                         timestep_scaling=args.timestep_scaling_factor)  # fmt: skip
-    pipeline = StableDiffusionPipeline(vae, text_encoder, tokenizer, run.models.target, scheduler, None, None,
-                                       requires_safety_checker=False)  # fmt: skip
-    pipeline.save_pretrained(output)
+    StableDiffusionPipeline(vae, text_encoder, tokenizer, run.models.target, run.models.scheduler, None, None,
+                            requires_safety_checker=False).save_pretrained(output)  # fmt: skip
     run.models.student.save_pretrained(output / "unet_online")
-    grids = sorted((output / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
-    if grids:
+    if grids := sorted(output.glob("validation/step-*.png"), key=lambda path: int(path.stem[5:])):
         shutil.copyfile(grids[-1], output / "samples.png")
     (output / "README.md").write_text(model_card(args, bool(grids)), encoding="utf-8")
     if args.push_to_hub:
@@ -1064,16 +1011,15 @@ def model_card(args, has_samples):
     """The README.md of the exported model: usage, samples, arguments, base model and its licence."""
     base = args.pretrained_teacher_model
     try:
-        readme = Path(base) / "README.md"
-        data = ModelCard.load(readme if readme.is_file() else base, ignore_metadata_errors=True).data
-        licence = data.license or "unknown"
+        card = Path(base, "README.md")
+        licence = (
+            ModelCard.load(card if card.is_file() else base, ignore_metadata_errors=True).data.license or "unknown"
+        )
     except Exception:  # no card, or no network: the licence is then for the reader to look up
         licence = "unknown"
-    low, high = args.w_min + 1, args.w_max + 1
     arguments = "\n".join(
         f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in public_args(args).items()
     )
-    samples = "\n![Teacher and student side by side](samples.png)\n" if has_samples else ""
     return f"""---
 license: {licence}
 base_model: {base}
@@ -1092,9 +1038,10 @@ pipe = DiffusionPipeline.from_pretrained("{args.hub_model_id or args.output_dir}
 image = pipe("{load_prompts(args)[0][0]}", num_inference_steps=4, guidance_scale={args.validation_guidance_scale:g}).images[0]
 ```
 
-`guidance_scale` was trained from {low:g} to {high:g}; negative prompts have no effect. `unet` is the EMA network,
-`unet_online` the one that the optimizer moved.
-{samples}
+`guidance_scale` was trained from {args.w_min + 1:g} to {args.w_max + 1:g}; negative prompts have no effect. `unet` is the EMA
+network, `unet_online` the one that the optimizer moved.
+{"![Teacher and student side by side](samples.png)" if has_samples else ""}
+
 ## Training arguments
 
 ```yaml
@@ -1103,37 +1050,34 @@ image = pipe("{load_prompts(args)[0][0]}", num_inference_steps=4, guidance_scale
 """
 
 
-# ----------------------------------------------------------------------------------------- validation and logging
-
-DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
-                   "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
+# ---------------------------------------------------------------------------------------- validation and logging
 
 
 def load_prompts(args):
     """Returns the validation prompts, and for each file of prompts its name → the indices of its lines."""
     prompts, groups = [], {}
     for entry in args.validation_prompts:
+        lines = [entry]
         if entry.endswith(".txt"):
-            if not os.path.isfile(entry):
-                fail(f"--validation_prompts: the file {entry} does not exist")
-            lines = [line.strip() for line in Path(entry).read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                lines = [line.strip() for line in Path(entry).read_text(encoding="utf-8").splitlines() if line.strip()]
+            except OSError as error:
+                fail(f"--validation_prompts: {entry} cannot be read: {error.strerror}")
             groups[Path(entry).stem] = range(len(prompts), len(prompts) + len(lines))
-            prompts += lines
-        else:
-            prompts.append(entry)
+        prompts += lines
     return prompts, groups
 
 
 @torch.no_grad()
-def sample_chain(predict_x0, schedule, noise, timesteps):
-    """The deterministic chain: x̂_0, the noise it implies, and the jump to the next time; ends with the last x̂_0."""
+def sample_chain(predict, schedule, noise, timesteps):
+    """The deterministic chain: x̂_0 (predict(x, t)[0]), the noise it implies, the jump to the next time; … the last x̂_0."""
     x = noise
-    for index, time_now in enumerate(timesteps):
-        t = torch.full((len(x),), time_now, device=x.device)
-        x_0 = predict_x0(x, t)
-        if index + 1 < len(timesteps):
+    for now, then in zip(timesteps, [*timesteps[1:], None], strict=True):
+        t = torch.full((len(x),), now, device=x.device)
+        x_0 = predict(x, t)[0]
+        if then is not None:
             alpha, sigma = schedule.alpha_sigma(t)
-            x = schedule.jump(x_0, (x - alpha * x_0) / sigma, torch.full_like(t, timesteps[index + 1]))
+            x = schedule.jump(x_0, (x - alpha * x_0) / sigma, torch.full_like(t, then))
     return x_0
 
 
@@ -1147,80 +1091,66 @@ def sample_stock(net, scheduler, noise, steps, c, w, seed):
     return x
 
 
-def psnr(images, reference):
-    """Peak signal-to-noise ratio of each image in dB, (batch,), for images in [0, 1]."""
-    return -10 * (images - reference).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
-
-
-def sharpness(images):
-    """Mean gradient magnitude of each image, (batch,): PSNR alone rewards blur."""
-    return images.diff(dim=2).abs().mean(dim=(1, 2, 3)) + images.diff(dim=3).abs().mean(dim=(1, 2, 3))
-
-
 class Sampler:
-    """Draws the validation pictures of each network from the same noise and prompts, `chunk` at a time.
+    """Draws the validation pictures of every network from the same noise and prompts, `chunk` at a time.
 
-    Images are (prompts × seeds, 3, height, width) on the CPU. It has its own generators: training's draws stay as they are.
+    Images are (prompts × seeds, 3, height, width) on the CPU. Its generators are its own: training's draws stay as they are.
     """
 
     def __init__(self, run, chunk=8):
         args, models = run.args, run.models
-        self.run, self.chunk, self.schedule = run, chunk, models.schedule
+        self.run, self.chunk, self.seeds = run, chunk, args.num_validation_images
         self.prompts, self.groups = load_prompts(args)
-        self.seeds = args.num_validation_images
         side = args.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
         shape = (len(self.prompts) * self.seeds, models.vae.config.latent_channels, side, side)
-        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(run.accelerator.device)
         self.c = encode_prompts(models, self.prompts).repeat_interleave(self.seeds, dim=0)
         self.uncond = encode_prompts(models, [args.validation_negative_prompt])
-        self.scheduler = LCMScheduler.from_config(models.scheduler.config, original_inference_steps=args.num_ddim_timesteps,
-                                                  timestep_scaling=args.timestep_scaling_factor)  # fmt: skip
 
-    def images(self, name, steps, chain=True):
-        """Pictures of `teacher` (guided), `untrained` (the teacher read as a consistency function), `student` or `target`."""
-        args, schedule, device = self.run.args, self.schedule, self.run.accelerator.device
-        net = self.run.nets["teacher" if name == "untrained" else name]
+    def images(self, name, steps, stock=False):
+        """Pictures of `teacher` (guided), `untrained` (the teacher as a consistency function), `student` or `target`."""
+        args, models, net = self.run.args, self.run.models, self.run.nets["teacher" if name == "untrained" else name]
+        schedule, scheduler, weight = models.schedule, models.scheduler, args.validation_guidance_scale - 1
+        scheduler.set_timesteps(min(steps, args.num_ddim_timesteps), device=self.noise.device)
+        timesteps, parts = scheduler.timesteps.tolist(), []
         if name == "teacher":
-            points = [round(schedule.num_train_timesteps * (1 - j / steps)) - 1 for j in range(steps)]
-        else:
-            self.scheduler.set_timesteps(steps)
-            points = self.scheduler.timesteps.tolist()
-        parts = []
-        for start in range(0, len(self.noise), self.chunk):
-            noise, c = self.noise[start : start + self.chunk].to(device), self.c[start : start + self.chunk]
-            w = torch.full((len(noise),), args.validation_guidance_scale - 1, device=device)
-            uncond = None if net.embeds_guidance or not w.any() else self.uncond
-            if name == "teacher":
-                predict = lambda x, t: guided_prediction(net, schedule, x, t, c, uncond, w)[0]  # noqa: B023, E731
+            timesteps = [round(schedule.num_train_timesteps * (1 - j / steps)) - 1 for j in range(steps)]
+        for noise, c in zip(self.noise.split(self.chunk), self.c.split(self.chunk), strict=True):
+            given = {"c": c, "w": torch.full((len(noise),), weight, device=noise.device)}
+            uncond = self.uncond if weight and not net.guidance_dim else None
+            if stock:
+                x_0 = sample_stock(net, scheduler, noise, steps, seed=args.seed, **given)
+            elif name == "teacher":
+                guided = functools.partial(guided_prediction, net, schedule, uncond=uncond, **given)
+                x_0 = sample_chain(guided, schedule, noise, timesteps)
             else:
-                scaling = args.timestep_scaling_factor
-                predict = lambda x, t: consistency_function(net, schedule, x, t, c, w, scaling)  # noqa: B023, E731
-            if chain:
-                x_0 = sample_chain(predict, schedule, noise, points)
-            else:
-                x_0 = sample_stock(net, self.scheduler, noise, steps, c, w, args.seed + start)
-            parts.append(decode_latents(self.run.models.vae, x_0).cpu())
+                f = functools.partial(
+                    consistency_function, net, schedule, scaling=args.timestep_scaling_factor, **given
+                )
+                x_0 = sample_chain(lambda x_t, t: [f(x_t, t)], schedule, noise, timesteps)  # noqa: B023
+            parts.append(decode_latents(models.vae, x_0).cpu())
         return torch.cat(parts)
 
 
 def validate(run):
     """Logs pictures of the EMA student beside the teacher's, and how close each network comes to the teacher's 50 steps."""
+    args, steps, images = run.args, run.args.validation_num_inference_steps, run.references
     if run.accelerator.is_main_process:
-        args, steps = run.args, run.args.validation_num_inference_steps
-        if not run.references:  # what does not change during training is drawn once
-            sampler = run.references["sampler"] = Sampler(run)
-            run.references["images"] = {("teacher", k): sampler.images("teacher", k) for k in sorted({50, *steps})}
-            run.references["images"] |= {("untrained", k): sampler.images("untrained", k) for k in steps}
-        sampler, images = run.references["sampler"], dict(run.references["images"])
+        if not images:
+            sampler = images["sampler"] = Sampler(run)
+            images |= {("teacher", k): sampler.images("teacher", k) for k in sorted({50, *steps})}
+            images |= {("untrained", k): sampler.images("untrained", k) for k in steps}
+        sampler = images["sampler"]
         images |= {(name, k): sampler.images(name, k) for name in ("student", "target") for k in steps}
         metrics = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
         write_metrics(run, metrics)
-        columns = {f"teacher {k}": images["teacher", k] for k in (50, 4, 1) if k == 50 or k in steps}
-        columns |= {f"untrained {k}": images["untrained", k] for k in steps if k == 1}
-        columns |= {f"student {k}": sampler.images("target", k, chain=False) for k in steps}
+        columns = {f"teacher {k}": images["teacher", k] for k in (50, 4, 1) if ("teacher", k) in images}
+        columns |= {"untrained 1": images["untrained", 1]} if 1 in steps else {}
+        columns |= {f"student {k}": sampler.images("target", k, stock=True) for k in steps}
         grid = draw_grid({title: column[:: sampler.seeds] for title, column in columns.items()}, sampler.prompts)
-        (run.output / "validation").mkdir(exist_ok=True)
-        grid.save(run.output / "validation" / f"step-{run.step}.png")
+        path = Path(args.output_dir, "validation", f"step-{run.step}.png")
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
         for tracker in run.accelerator.trackers:
             kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"validation": np.asarray(grid)[None]}, step=run.step, **kwargs)
@@ -1229,58 +1159,63 @@ def validate(run):
 
 
 def fidelity(images, steps, groups, seeds):
-    """PSNR and sharpness against the teacher's 50 steps: `fidelity/<network>_psnr_k<k>`, and the same for each prompt file."""
-    metrics, reference = {}, images["teacher", 50]
+    """PSNR (dB) and sharpness against the teacher's 50 steps: `fidelity/<network>_psnr_k<k>`, also by prompt file.
+
+    Sharpness is the ratio of mean gradient magnitudes: PSNR alone rewards blur. Images are in [0, 1].
+    """
+
+    def gradient(pictures):
+        return pictures.diff(dim=2).abs().mean() + pictures.diff(dim=3).abs().mean()
+
+    metrics = {}
     for group, prompts in groups.items():
         chosen = [prompt * seeds + seed for prompt in prompts for seed in range(seeds)]
-        for (name, k), pictures in images.items():
-            if k in steps:
-                suffix = f"_k{k}" + (f"/{group}" if group else "")
-                decibels = psnr(pictures[chosen], reference[chosen]).mean()
-                ratio = sharpness(pictures[chosen]).mean() / sharpness(reference[chosen]).mean()
-                metrics[f"fidelity/{name}_psnr{suffix}"] = round(decibels.item(), 3)
-                metrics[f"fidelity/{name}_sharpness{suffix}"] = round(ratio.item(), 3)
+        reference = images["teacher", 50][chosen]
+        for name, k in ((name, k) for name in ("teacher", "untrained", "student", "target") for k in steps):
+            pictures, suffix = images[name, k][chosen], f"k{k}/{group}".rstrip("/")
+            psnr = -10 * (pictures - reference).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
+            metrics[f"fidelity/{name}_psnr_{suffix}"] = round(psnr.mean().item(), 3)
+            metrics[f"fidelity/{name}_sharpness_{suffix}"] = round((gradient(pictures) / gradient(reference)).item(), 3)
     return metrics
 
 
 def print_fidelity(metrics, steps, sampler, args):
-    """Prints the table of PSNRs, for all prompts and for each file of them."""
+    """Prints the table of PSNRs, for all prompts or for each file of them."""
     labels = {"teacher": "teacher, guided (2 evaluations a step)", "untrained": "untrained student",
               "student": "student", "target": "student, EMA (exported)"}  # fmt: skip
-    text = f"PSNR in dB to the teacher's 50 steps; {len(sampler.prompts)} prompts × {sampler.seeds} seeds, "
-    text += f"guidance scale {args.validation_guidance_scale:g}, deterministic chain\n"
-    for group in sampler.groups if len(sampler.groups) > 1 else [""]:
+    text = f"PSNR in dB to the teacher's 50 steps, deterministic chain, guidance scale {args.validation_guidance_scale:g}, "
+    text += f"{len(sampler.prompts)} prompts × {sampler.seeds} seeds\n"
+    for group in sampler.groups or [""]:
         text += f"{group or 'steps':42}" + "".join(f"{k:8}" for k in steps) + "\n"
         for name, label in labels.items():
-            keys = [f"fidelity/{name}_psnr_k{k}" + (f"/{group}" if group else "") for k in steps]
-            text += f"  {label:40}" + "".join(f"{metrics[key]:8.2f}" for key in keys) + "\n"
+            values = [metrics[f"fidelity/{name}_psnr_" + f"k{k}/{group}".rstrip("/")] for k in steps]
+            text += f"  {label:40}" + "".join(f"{value:8.2f}" for value in values) + "\n"
     tqdm.write(text)
 
 
 def draw_grid(columns, prompts):
     """Draws images side by side: a row a prompt, a titled column for each entry of {title: (prompts, 3, h, w)}."""
     side = next(iter(columns.values())).shape[-1]
-    cell, label, head = max(side, 96), 150, 24
-    grid = Image.new("RGB", (label + len(columns) * (cell + 4), head + len(prompts) * (cell + 4)), "white")
-    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(13)
+    cell, left, top, gap = max(side, 96), 150, 24, 4
+    size = (left + len(columns) * (cell + gap), top + len(prompts) * (cell + gap))
+    grid, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
+    pen = ImageDraw.Draw(grid)
     for row, prompt in enumerate(prompts):
-        text = re.sub(r"(.{1,20})(\s+|$)", r"\1\n", prompt[:100])
-        pen.multiline_text((4, head + row * (cell + 4) + 4), text, "black", font)
+        pen.multiline_text((gap, top + row * (cell + gap)), textwrap.fill(prompt[:100], 20), "black", font)
     for column, (title, images) in enumerate(columns.items()):
-        pen.text((label + column * (cell + 4) + 2, 4), title, "black", font)
+        x = left + column * (cell + gap)
+        pen.text((x, gap), title, "black", font)
         for row, image in enumerate(images):
             picture = Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
-            picture = picture.resize((cell, cell), Image.Resampling.BICUBIC)
-            grid.paste(picture, (label + column * (cell + 4), head + row * (cell + 4)))
+            grid.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), (x, top + row * (cell + gap)))
     return grid
 
 
 def write_metrics(run, metrics):
     """Appends a line to metrics.jsonl and sends it to the trackers. Called on the main process."""
-    with open(run.output / "metrics.jsonl", "a", encoding="utf-8") as file:
+    with open(Path(run.args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": run.step, **metrics}) + "\n")
-    numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-    run.accelerator.log(numbers, step=run.step)
+    run.accelerator.log({key: value for key, value in metrics.items() if key != "skipped"}, step=run.step)
 
 
 def reduce_skipped(run):
@@ -1291,33 +1226,31 @@ def reduce_skipped(run):
 
 
 def log_metrics(run, clock, progress):
-    """Writes the means since the last log; the only place where a training step waits for the device.
+    """Logs the means since the last log: the only place where a training step waits for the device.
 
-    Raises SystemExit, on all ranks, if ten steps in a row had no finite loss.
+    Ends the run, on all ranks, if ten steps in a row had no finite loss.
     """
     args, accelerator = run.args, run.accelerator
     meter = dict(zip(METER, accelerator.reduce(run.meter.clone(), "mean").tolist(), strict=True))
-    now = time.perf_counter()
-    seconds, clock["last"] = now - clock["last"], now
-    images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes * clock["steps"]
-    is_gpu = accelerator.device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() if is_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    steps = max(1.0, meter["steps"])
-    metrics = {"loss": meter["loss"] / steps, "grad_norm": meter["grad_norm"] / steps,
-               "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": images / seconds,
+    if meter["longest_in_a_row"] >= 10 / accelerator.num_processes:  # the mean over the ranks
+        fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, or a lower --learning_rate, and check "
+             "the VAE, which can overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
+    seconds = time.perf_counter() - clock["time"]
+    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else memory
+    metrics = {"loss": meter["loss"] / max(1.0, meter["steps"]), "grad_norm": meter["grad_norm"] / max(1.0, meter["steps"]),
+               "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": batch * (run.step - clock["step"]) / seconds,
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
                "nonfinite_steps": round(meter["nonfinite_steps"]), "skipped": reduce_skipped(run)}  # fmt: skip
-    run.reader.waited, clock["steps"] = 0.0, 0
     run.meter[:3] = 0
+    run.reader.waited, clock["time"], clock["step"] = 0.0, time.perf_counter(), run.step
     if accelerator.is_main_process:
         write_metrics(run, metrics)
         progress.set_postfix_str(f"loss {metrics['loss']:.4g}, {metrics['samples_per_s']:.3g} images/s")
-    if meter["longest_in_a_row"] >= 10:
-        fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, a lower --learning_rate or "
-             "--max_grad_norm, and check the VAE (SD 2.x and SDXL VAEs can overflow in fp16)")  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------- training loop
+# -------------------------------------------------------------------------------------------------- training loop
 
 
 def step_generator(run, micro_step):
@@ -1333,9 +1266,8 @@ def train_step(run):
     args, accelerator, models = run.args, run.accelerator, run.models
     loss_sum = torch.zeros((), device=accelerator.device)
     for micro_step in range(args.gradient_accumulation_steps):
-        batch = run.reader.next_batch()
-        generator = step_generator(run, micro_step)
-        with accelerator.accumulate(run.student):
+        batch, generator = run.reader.next_batch(), step_generator(run, micro_step)
+        with accelerator.accumulate(run.nets["student"].unet):
             pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)
             x_0 = encode_images(models.vae, pixel_values, args.vae_encode_batch_size, generator)
             c = encode_prompts(models, batch["captions"])
@@ -1346,21 +1278,19 @@ def train_step(run):
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(run.student.parameters(), args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(models.student.parameters(), args.max_grad_norm)
                 optimizer_step(run, grad_norm)
-    with torch.no_grad():
-        torch._foreach_lerp_(list(models.target.parameters()), list(models.student.parameters()), 1 - args.ema_decay)
-        update_meter(run.meter, loss_sum, grad_norm)
+    torch._foreach_lerp_(list(models.target.parameters()), list(models.student.parameters()), 1 - args.ema_decay)
+    update_meter(run.meter, loss_sum, grad_norm)
 
 
 def optimizer_step(run, grad_norm):
-    """Steps the optimizer unless the gradients are not finite; with a fused optimizer the device decides that itself."""
-    optimizer = run.optimizer.optimizer
-    is_bad = ~torch.isfinite(grad_norm)
-    if run.accelerator.scaler is None and optimizer.defaults.get("fused"):
+    """Steps the optimizer unless the gradients are not finite; a fused optimizer decides that on the device."""
+    optimizer, is_bad = run.optimizer.optimizer, ~torch.isfinite(grad_norm)
+    has_scaler = run.accelerator.scaler is not None  # which skips such steps itself
+    if optimizer.defaults.get("fused") and not has_scaler:
         optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
-        run.optimizer.step()
-    elif run.accelerator.scaler is not None or not is_bad:
+    if optimizer.defaults.get("fused") or has_scaler or not is_bad:
         run.optimizer.step()
     run.optimizer.zero_grad()
     run.lr_scheduler.step()
@@ -1369,9 +1299,9 @@ def optimizer_step(run, grad_norm):
 def update_meter(meter, loss, grad_norm):
     """Adds a step to the METER, on the device. An overflow that the fp16 scaler handles has a finite loss."""
     good = torch.isfinite(loss)
-    meter[0] += torch.where(good, loss, 0)
-    meter[1] += torch.where(torch.isfinite(grad_norm), grad_norm, 0)
-    meter[2] += good
+    meter[:3] += torch.stack(
+        [torch.where(good, loss, 0), torch.where(torch.isfinite(grad_norm), grad_norm, 0), good.float()]
+    )
     meter[3] += ~good
     meter[4] = (meter[4] + 1) * ~good
     meter[5] = torch.maximum(meter[5], meter[4])
@@ -1380,34 +1310,33 @@ def update_meter(meter, loss, grad_norm):
 def handle_signals(run):
     """SIGTERM and SIGINT end the run after the step that is under way, with a checkpoint; a second one ends it at once."""
 
-    def handler(number, _frame):
-        run.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)
+    def handler(signum, _frame):
+        run.stop_signal = signum
+        signal.signal(signum, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, handler)
 
 
 def train(run):
     """The loop: steps, logs, checkpoints and validations until --max_train_steps or a signal."""
     args, accelerator = run.args, run.accelerator
-    clock = {"last": time.perf_counter(), "steps": 0}
+    host_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     progress = tqdm(total=args.max_train_steps, initial=run.step, disable=not accelerator.is_local_main_process,
                     desc="Steps", unit="step", dynamic_ncols=True)  # fmt: skip
     if args.validation_steps and run.step == 0:
         validate(run)
-    group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    clock = {"time": time.perf_counter(), "step": run.step}
     while run.step < args.max_train_steps:
         train_step(run)
         run.step += 1
-        clock["steps"] += 1
         progress.update()
         is_last = run.step == args.max_train_steps
         if run.step % args.logging_steps == 0 or is_last:
             log_metrics(run, clock, progress)
         stop = torch.tensor(run.stop_signal)
-        if group:  # on the host, so that the device need not be waited for
-            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=group)
+        if host_group:  # the ranks agree on the host, so that the device need not be waited for
+            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=host_group)
         if args.checkpointing_steps and (run.step % args.checkpointing_steps == 0 or is_last) or stop:
             save_checkpoint(run)
         if stop:
@@ -1416,30 +1345,10 @@ def train(run):
             raise SystemExit(128 + int(stop))
         if args.validation_steps and (run.step % args.validation_steps == 0 or is_last):
             validate(run)
-            clock["last"] = time.perf_counter()
     progress.close()
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-
-
-def make_optimizer(args, parameters, num_processes):
-    """AdamW, fused (or 8-bit), and its schedule, which is stepped once an optimizer step on every rank."""
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    settings = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
-                "weight_decay": args.adam_weight_decay}  # fmt: skip
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer = bitsandbytes.optim.AdamW8bit(parameters, **settings)
-    else:
-        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
-    schedule = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
-    return optimizer, schedule
 
 
 def make_accelerator(args):
@@ -1448,11 +1357,27 @@ def make_accelerator(args):
     accelerator = Accelerator(mixed_precision=args.mixed_precision, project_config=config,
                               gradient_accumulation_steps=args.gradient_accumulation_steps,
                               log_with=None if args.report_to == "none" else args.report_to)  # fmt: skip
-    level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, force=True)
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+def make_optimizer(args, parameters, num_processes):
+    """AdamW, fused (or 8-bit), and its schedule, which is stepped once an optimizer step on every rank."""
+    scale = args.train_batch_size * args.gradient_accumulation_steps * num_processes if args.scale_lr else 1
+    settings = {"lr": args.learning_rate * scale, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
+                "weight_decay": args.adam_weight_decay}  # fmt: skip
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    else:
+        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
 
 
 def start_run(args, accelerator):
@@ -1465,21 +1390,19 @@ def start_run(args, accelerator):
         check_shards(urls, args)
     accelerator.wait_for_everyone()
     if args.max_train_steps is None:
-        args.max_train_samples = args.max_train_samples or count_samples(urls)
         images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        args.max_train_steps = args.num_train_epochs * math.ceil(args.max_train_samples / images)
+        samples = args.max_train_samples or count_samples(urls)
+        args.max_train_steps = args.num_train_epochs * math.ceil(samples / images)
     models = load_models(args, scheduler, accelerator)
     optimizer, lr_scheduler = make_optimizer(args, models.student.parameters(), accelerator.num_processes)
     student, optimizer = accelerator.prepare(models.student, optimizer)
-    accelerator.prepare_model(models.target, evaluation_mode=True)
-    nets = {name: Denoiser(getattr(models, name)) for name in ("target", "teacher")}
-    nets["student"] = Denoiser(student, models.student.config)
-    needs_uncond = args.w_max > 0 and not nets["teacher"].embeds_guidance
-    uncond = encode_prompts(models, [""]) if needs_uncond else None
+    target = accelerator.prepare_model(models.target, evaluation_mode=True)  # autocast as the student
+    nets = {"student": Denoiser(student, models.student.config), "target": Denoiser(target, models.target.config),
+            "teacher": Denoiser(models.teacher, models.teacher.config)}  # fmt: skip
+    uncond = encode_prompts(models, [""]) if args.w_max > 0 and not nets["teacher"].guidance_dim else None
     stream = ShardStream(urls, args, accelerator.process_index, accelerator.num_processes, state and state["stream"])
-    meter = torch.zeros(len(METER), device=accelerator.device)
-    reader = BatchReader(stream, accelerator.device)
-    run = Run(args, accelerator, models, nets, student, optimizer, lr_scheduler, reader, uncond, meter)
+    reader, meter = BatchReader(stream, accelerator.device), torch.zeros(len(METER), device=accelerator.device)
+    run = Run(args, accelerator, models, nets, optimizer, lr_scheduler, reader, uncond, meter)
     if checkpoint:
         load_checkpoint(run, checkpoint, state)
     return run
@@ -1492,8 +1415,8 @@ def main(argv=None):
     run = start_run(args, accelerator)
     if accelerator.is_main_process:
         Path(args.output_dir, "args.json").write_text(json.dumps(public_args(args), indent=2) + "\n", encoding="utf-8")
-        plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_args(args).items()}
-        accelerator.init_trackers(args.tracker_project_name, config=plain)
+        config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_args(args).items()}
+        accelerator.init_trackers(args.tracker_project_name, config)
     handle_signals(run)
     train(run)
     if accelerator.is_main_process:
