@@ -13,13 +13,14 @@ one to eight steps are enough. With x_t = α_t x_0 + σ_t ε on the grid τ_i = 
 
 w is given to the student as an embedding; `guidance_scale` of a diffusers pipeline is w + 1. Launch with
 
-    accelerate launch train_lcm_distill_sd_wds.py --pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5 \
+    accelerate launch train_lcm_distill_sd_wds.py \
+        --pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --train_shards_path_or_url="cc12m/{00000..01242}.tar" --max_train_samples=12000000 --max_train_steps=10000 \
         --train_batch_size=24 --mixed_precision=bf16 --gradient_checkpointing --output_dir=lcm-sd15
 
-`output_dir` then holds a StableDiffusionPipeline with a matching LCMScheduler. `fidelity/*` in metrics.jsonl tells early
-whether the student follows its teacher. A run that was stopped goes on with `--resume_from_checkpoint=latest`, and ends
-in the very weights of a run that was not.
+`output_dir` then holds a StableDiffusionPipeline with a matching LCMScheduler. `fidelity/*` in metrics.jsonl tells
+early whether the student follows its teacher. A run that was stopped goes on with `--resume_from_checkpoint=latest`,
+and ends in the very weights of a run that was not.
 """
 
 import argparse
@@ -86,12 +87,9 @@ def number(kind, low, high=math.inf):
 
     def parse(text):
         if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text} must be at least {low}" + (f", at most {high}" * (high < math.inf))
-            )
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {low} … {high}")
         return value
 
-    parse.__name__ = kind.__name__
     return parse
 
 
@@ -112,7 +110,7 @@ def add_model_args(parser):
 def add_data_args(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", nargs="+", required=True, metavar="SHARDS",
-        help="tar shards: brace patterns, paths, http(s) URLs, pipe: commands, or a .txt list with one a line")  # fmt: skip
+        help="tar shards: brace patterns, paths, URLs, pipe: commands, or a .txt list with one a line")  # fmt: skip
     add("--max_train_samples", type=number(int, 1), help="samples in an epoch (default: counted, if shards are files)")
     add("--resolution", type=number(int, 1), default=512, help="side of the square training images, in pixels")
     add("--interpolation_type", default="bilinear", choices=sorted(INTERPOLATION), help="filter of the resize")
@@ -174,29 +172,19 @@ def add_output_args(parser):
     add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line")
     add("--validation_negative_prompt", default="", help="negative prompt of the teacher in validation")
     add("--validation_guidance_scale", type=number(float, 1), help="w + 1 (default: middle of the trained range)")
-    add(
-        "--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="student's steps"
-    )
+    add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")
     add("--num_validation_images", type=number(int, 1), default=2, help="seeds for each prompt, for the fidelity")
     add("--push_to_hub", action="store_true", help="upload the exported pipeline")
     add("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
     add("--hub_token", help="token for the upload; never written to any file")
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Shows defaults in --help and reads further arguments from `@file` (shell quoting, # comments)."""
-
-    def __init__(self, **kwargs):
-        formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=44, width=120)
-        super().__init__(formatter_class=formatter, fromfile_prefix_chars="@", allow_abbrev=False, **kwargs)
-
-    def convert_arg_line_to_args(self, arg_line):
-        return shlex.split(arg_line, comments=True)
-
-
 def parse_args(argv=None):
     """Reads the command line and refuses what can be known to be wrong without opening a file."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=44, width=120)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False,
+                                     fromfile_prefix_chars="@", epilog="@FILE: more arguments from FILE")  # fmt: skip
+    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
     for add_group in (add_model_args, add_data_args, add_method_args, add_training_args, add_output_args):
         add_group(parser)
     args = parser.parse_args(argv)
@@ -226,17 +214,17 @@ def check_environment(args):
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
     if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
         fail("--enable_xformers_memory_efficient_attention needs a GPU; without it PyTorch's attention is used")
+    # fmt: off
     wanted = {"wandb": args.report_to in ("wandb", "all"), "tensorboard": args.report_to in ("tensorboard", "all"),
-              "xformers": args.enable_xformers_memory_efficient_attention, "bitsandbytes": args.use_8bit_adam}  # fmt: skip
+              "bitsandbytes": args.use_8bit_adam, "xformers": args.enable_xformers_memory_efficient_attention}
+    # fmt: on
     for package in (package for package, is_wanted in wanted.items() if is_wanted):
         try:
             __import__(package)
         except Exception as error:
             fail(f"a flag asks for {package}, which cannot be imported here ({error}); install it or drop the flag")
     if not args.resume_from_checkpoint and list_checkpoints(args.output_dir):
-        fail(
-            f"--output_dir {args.output_dir} holds a run's checkpoints; add --resume_from_checkpoint latest or take another"
-        )
+        fail(f"--output_dir {args.output_dir} holds checkpoints; --resume_from_checkpoint latest, or another folder?")
 
 
 def redact(value):
@@ -245,14 +233,16 @@ def redact(value):
         return [redact(item) for item in value]
     if not isinstance(value, str):
         return value
-    value = re.sub(r"(?<=://)[^/@\s]+@", "…@", value)
-    value = re.sub(r"(?i)([?&][^=&\s]*(?:token|sig|key|secret|credential|password)[^=&\s]*=)[^&\s'\"]+", r"\1…", value)
-    return re.sub(r"(?i)(bearer|token|password)(\s*[:= ]\s*)[^\s'\"]+|hf_\w{8,}", r"\1\2…", value)
+    value = re.sub(r"(?<=://)[^/@\s]+@|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
+    secret = r"\w*(?:token|secret|key|passw|passwd|auth|sig|credential|jwt)\w*"
+    value = re.sub(rf"(?i)({secret}\s*[:= ]\s*)(?:(?:bearer|basic)\s+)?[^\s&'\"]+", r"\1…", value)
+    return re.sub(r"hf_\w{8,}", "…", value)
 
 
 def public_args(args):
     """The arguments as they may be written to files and trackers: without tokens."""
-    return {name: redact(value) for name, value in vars(args).items() if name != "hub_token"}
+    prompts = ("validation_prompts", "validation_negative_prompt")
+    return {k: v if k in prompts else redact(v) for k, v in vars(args).items() if k != "hub_token"}
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -261,23 +251,15 @@ IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text",
 MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json"}  # nothing else of a shard is ever read
 MAX_IMAGE_PIXELS = 2**26
 FILTERS = ("below min_image_size", "above max_pwatermark")
-SKIP_REASONS = (
-    *FILTERS,
-    "unreadable shard",
-    "duplicate member",
-    "no image",
-    "no caption",
-    "broken image",
-    "image too large",
-)
+FAULTS = ("unreadable shard", "duplicate member", "no image", "no caption", "broken image", "image too large")
 
 
 class BadSample(Exception):
-    """A sample that is skipped; `args` are one of SKIP_REASONS and a detail for the log."""
+    """A sample that is skipped; `args` are one of FILTERS or FAULTS, and a detail for the log."""
 
 
 class ShardReader:
-    """Reads the process that webdataset starts for a URL or `pipe:` command; TimeoutError after `timeout` idle seconds."""
+    """Reads the process that webdataset starts for a URL or pipe; raises TimeoutError after `timeout` idle seconds."""
 
     def __init__(self, pipe, timeout):
         self.pipe, self.timeout = pipe, timeout
@@ -299,9 +281,12 @@ class ShardReader:
 def read_shard(url, timeout, tries=3):
     """Yields the undecoded samples of a shard: dicts of member name → bytes, plus `__key__`.
 
-    URLs and pipes that fail are opened again, after 1 and 2 seconds, and read on from where they broke off. A shard that
-    fails for good, and members that stand twice, are yielded as samples with a `__fault__`, to be counted with the others.
+    URLs and pipes that fail are opened again, after 1 and 2 seconds, and read on from where they broke off. A shard
+    that fails for good, and a member that stands twice, is yielded as a sample with a `__fault__`, to be counted.
     """
+
+    def is_wanted(name):
+        return name.rsplit(".", 1)[-1].lower() in MEMBERS
 
     def note_duplicate(error):
         faults.append({"__key__": url, "__fault__": BadSample("duplicate member", str(error.args[0]))})
@@ -314,10 +299,7 @@ def read_shard(url, timeout, tries=3):
         try:
             stream = gopen(url, "rb")
             with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
-                members = tar_file_iterator(
-                    stream, select_files=lambda name: name.rsplit(".", 1)[-1].lower() in MEMBERS
-                )
-                members = ({**member, "__url__": url} for member in members)
+                members = ({**member, "__url__": url} for member in tar_file_iterator(stream, select_files=is_wanted))
                 for index, sample in enumerate(group_by_keys(members, handler=note_duplicate)):
                     if index == done:
                         done += 1
@@ -364,17 +346,18 @@ def load_image(data, resolution, resample):
     """
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        size = image.size
-        if size[0] * size[1] <= MAX_IMAGE_PIXELS:
-            image.draft(None, [math.ceil(side * resolution / min(size)) for side in size])
+        size, scale = image.size, resolution / min(image.size)
+        too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
+        if not too_large:
+            image.draft(None, [math.ceil(side * scale) for side in size])
             image = to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise almost anything on damaged data
         raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
-    if size[0] * size[1] > MAX_IMAGE_PIXELS:
+    if too_large:
         raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
     if (image.width < image.height) != (size[0] < size[1]):
         size = size[::-1]
-    return image.resize([max(resolution, round(side * resolution / min(size))) for side in size], resample), size
+    return image.resize([max(resolution, round(side * scale)) for side in size], resample), size
 
 
 def read_captions(sample, info):
@@ -383,7 +366,7 @@ def read_captions(sample, info):
     values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
     if not captions and values:
         captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
-    return [caption.strip() for caption in captions]
+    return [caption.encode("utf-8", "replace").decode().strip() for caption in captions]  # no lone surrogates
 
 
 def check_filters(info, args):
@@ -406,7 +389,7 @@ def decode_sample(sample, args, rng):
         raise sample["__fault__"]
     try:
         info = json.loads(sample.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         info = {}
     info = info if isinstance(info, dict) else {}
     check_filters(info, args)
@@ -473,7 +456,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                     self.skipped[bad.args[0]] += 1
                     self.details.setdefault(bad.args[0], f"{redact(sample['__key__'])}: {bad.args[1]}")
                     recent.append(bad.args[0])
-                    faults = sum(reason not in (None, *FILTERS) for reason in recent)
+                    faults = sum(reason in FAULTS for reason in recent)
                     if len(recent) == 1000 and (faults > 1000 * self.args.max_bad_samples or None not in recent):
                         raise BadSample("too few of the last 1,000 samples are usable") from bad
             item, start = item + self.state["stride"], 0
@@ -493,9 +476,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                     batch, self.skipped, self.details = [], Counter(), {}
         except BadSample as bad:  # as an exception it would reach the user as a worker's traceback
             reasons = "; ".join(f"{count} × {reason}, {self.details[reason]}" for reason, count in self.skipped.items())
-            yield {
-                "error": f"{bad.args[0]} (see --max_bad_samples and the filters): {reasons or 'the shards are empty'}"
-            }
+            yield {"error": f"{bad.args[0]} (filters? --max_bad_samples?): {reasons or 'the shards are empty'}"}
 
 
 def stream_item(state, index):
@@ -531,13 +512,8 @@ class BatchReader:
     """Hands out the batches of a rank's ShardStream and keeps the cursor of each worker's last batch that was used."""
 
     def __init__(self, stream, device):
-        self.stream, self.turn, self.waited, self.skipped, self.named = (
-            stream,
-            stream.state["turn"],
-            0.0,
-            Counter(),
-            set(),
-        )
+        self.stream, self.turn, self.waited = stream, stream.state["turn"], 0.0
+        self.skipped, self.named = Counter(), set()  # by reason; reasons that the log has told
         first, workers = stream.rank * stream.num_workers, stream.args.dataloader_num_workers
         self.cursors = [list(cursor) for cursor in stream.state["cursors"][first : first + stream.num_workers]]
         self.batches = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers,
@@ -563,17 +539,16 @@ def expand_shards(patterns):
     """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
     urls = []
     for pattern in patterns:
-        if not pattern.endswith(".txt") or pattern.startswith("pipe:"):
-            urls += expand_urls(pattern)
-            continue
+        is_list = pattern.endswith(".txt") and not pattern.startswith("pipe:")
         try:
-            lines = Path(pattern).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            fail(f"--train_shards_path_or_url: the list {pattern} cannot be read: {error.strerror}")
-        listed = [url for line in lines if line.strip() and line[0] != "#" for url in expand_urls(line.strip())]
-        if any(url.startswith("pipe:") for url in listed):
+            lines = Path(pattern).read_text(encoding="utf-8").splitlines() if is_list else [pattern]
+            lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+            found = [url for line in lines for url in expand_urls(line)]
+        except (OSError, ValueError) as error:
+            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {error}")
+        if is_list and any(url.startswith("pipe:") for url in found):
             fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
-        urls += listed
+        urls += found
     return urls or fail("--train_shards_path_or_url names no shard")
 
 
@@ -763,7 +738,7 @@ class Models:
 
 
 def check_teacher(args):
-    """Reads the teacher's configuration files; refuses what is not a text-to-image U-Net of SD 1.x/2.x. Returns its scheduler."""
+    """Reads the teacher's configuration, refuses what is no text-to-image U-Net of SD 1.x/2.x; gives its scheduler."""
     path = args.pretrained_teacher_model
     source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
     try:
@@ -773,28 +748,20 @@ def check_teacher(args):
     except (OSError, ValueError) as error:
         fail(f"--pretrained_teacher_model {path} cannot be read as a diffusers pipeline: {str(error).splitlines()[0]}")
     if unet is None:
-        fail(
-            f"{path} is a {parts.get('_class_name')} without a U-Net; this script distils Stable Diffusion 1.x and 2.x"
-        )
+        fail(f"{path}, a {parts.get('_class_name')}, has no U-Net; this script distils Stable Diffusion 1.x and 2.x")
     if "text_encoder_2" in parts:
         is_refiner = not parts.get("text_encoder", [None])[0]
         fail(f"{path} is an SDXL " + ("refiner, which is no text-to-image model" if is_refiner else
                                       "pipeline; use train_lcm_distill_lora_sdxl_wds.py"))  # fmt: skip
     if unet["in_channels"] != unet["out_channels"]:
-        fail(
-            f"{path} takes {unet['in_channels']} channels (in-painting, depth?); text-to-image takes {unet['out_channels']}"
-        )
+        fail(f"{path} takes {unet['in_channels']} channels (in-painting, depth?), text-to-image {unet['out_channels']}")
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         fail(f"{path}: prediction type {scheduler.config.prediction_type!r} is not epsilon, v_prediction or sample")
-    steps, spacing = (
-        scheduler.config.num_train_timesteps,
-        scheduler.config.num_train_timesteps // args.num_ddim_timesteps,
-    )
-    if not spacing:
+    steps = scheduler.config.num_train_timesteps
+    if args.num_ddim_timesteps > steps:
         fail(f"--num_ddim_timesteps {args.num_ddim_timesteps} must lie in 1 … {steps}")
-    if steps % args.num_ddim_timesteps:
-        last = spacing * args.num_ddim_timesteps - 1
-        logger.warning("--num_ddim_timesteps does not divide %d: the grid ends at t = %d", steps, last)
+    if rest := steps % args.num_ddim_timesteps:
+        logger.warning("--num_ddim_timesteps does not divide %d: the grid ends at t = %d", steps, steps - rest - 1)
     return scheduler
 
 
@@ -824,12 +791,10 @@ def make_student(teacher, args):
 
 def load_models(args, scheduler, accelerator):
     """Loads all networks of a run to the device, channels-last, with the attention and compilation asked for."""
-    dtype, source = (
-        DTYPES[accelerator.mixed_precision],
-        {"revision": args.teacher_revision, "cache_dir": args.cache_dir},
-    )
+    dtype = DTYPES[accelerator.mixed_precision]
     try:
         tokenizer, text_encoder, vae = load_frozen(args, dtype)
+        source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
         teacher = UNet2DConditionModel.from_pretrained(args.pretrained_teacher_model, subfolder="unet", **source)
     except (OSError, ValueError) as error:
         fail(f"the teacher or the VAE cannot be loaded: {str(error).splitlines()[0]}")
@@ -875,8 +840,12 @@ def encode_prompts(models, captions):
     """Captions → conditioning (batch, tokens, width), in the text encoder's precision."""
     length, encoder = models.tokenizer.model_max_length, models.text_encoder
     tokens = models.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
-    return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
+    mask = (
+        tokens.attention_mask.to(encoder.device, non_blocking=True)
+        if getattr(encoder.config, "use_attention_mask", False)
+        else None
+    )
+    return encoder(tokens.input_ids.to(encoder.device, non_blocking=True), attention_mask=mask)[0]
 
 
 # ----------------------------------------------------------------------------------------- checkpoints and export
@@ -925,9 +894,10 @@ def save_checkpoint(run):
             tensors = {key: value.contiguous() for key, value in getattr(run.models, name).state_dict().items()}
             save_file(tensors, temporary / f"{name}.safetensors")
         torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
+        stream = {**reader.stream.state, "cursors": cursors, "turn": reader.turn}
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         state = {"step": run.step, "args": public_args(args), "lr_scheduler": run.lr_scheduler.state_dict(),
-                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, "meter": run.meter.tolist(),
-                 "stream": {**reader.stream.state, "cursors": cursors, "turn": reader.turn}, "skipped": skipped}  # fmt: skip
+                 "scaler": scaler, "stream": stream, "meter": run.meter.tolist(), "skipped": skipped}  # fmt: skip
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):  # on the disk before the name says that it is whole
             descriptor = os.open(path, os.O_RDONLY)
@@ -935,9 +905,8 @@ def save_checkpoint(run):
             os.close(descriptor)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        for old in (
-            list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []
-        ):
+        whole = list_checkpoints(args.output_dir)
+        for old in whole[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
             shutil.rmtree(old)
         logger.info("Saved %s", final)
     accelerator.wait_for_everyone()
@@ -1012,14 +981,11 @@ def model_card(args, has_samples):
     base = args.pretrained_teacher_model
     try:
         card = Path(base, "README.md")
-        licence = (
-            ModelCard.load(card if card.is_file() else base, ignore_metadata_errors=True).data.license or "unknown"
-        )
+        card = ModelCard.load(card if card.is_file() else base, ignore_metadata_errors=True)
+        licence = card.data.license or "unknown"
     except Exception:  # no card, or no network: the licence is then for the reader to look up
         licence = "unknown"
-    arguments = "\n".join(
-        f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in public_args(args).items()
-    )
+    arguments = json.dumps(public_args(args), indent=2, ensure_ascii=False)
     return f"""---
 license: {licence}
 base_model: {base}
@@ -1035,16 +1001,17 @@ A latent consistency model (arXiv:2310.04378) distilled from `{base}` (licence: 
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{args.hub_model_id or args.output_dir}")
-image = pipe("{load_prompts(args)[0][0]}", num_inference_steps=4, guidance_scale={args.validation_guidance_scale:g}).images[0]
+prompt = "{load_prompts(args)[0][0]}"
+image = pipe(prompt, num_inference_steps=4, guidance_scale={args.validation_guidance_scale:g}).images[0]
 ```
 
-`guidance_scale` was trained from {args.w_min + 1:g} to {args.w_max + 1:g}; negative prompts have no effect. `unet` is the EMA
-network, `unet_online` the one that the optimizer moved.
+`guidance_scale` was trained from {args.w_min + 1:g} to {args.w_max + 1:g}; negative prompts have no effect.
+`unet` is the EMA network, `unet_online` the one that the optimizer moved.
 {"![Teacher and student side by side](samples.png)" if has_samples else ""}
 
 ## Training arguments
 
-```yaml
+```json
 {arguments}
 ```
 """
@@ -1070,7 +1037,7 @@ def load_prompts(args):
 
 @torch.no_grad()
 def sample_chain(predict, schedule, noise, timesteps):
-    """The deterministic chain: x̂_0 (predict(x, t)[0]), the noise it implies, the jump to the next time; … the last x̂_0."""
+    """The deterministic chain to the last x̂_0: predict(x, t)[0] = x̂_0, the noise it implies, jump to the next time."""
     x = noise
     for now, then in zip(timesteps, [*timesteps[1:], None], strict=True):
         t = torch.full((len(x),), now, device=x.device)
@@ -1094,7 +1061,7 @@ def sample_stock(net, scheduler, noise, steps, c, w, seed):
 class Sampler:
     """Draws the validation pictures of every network from the same noise and prompts, `chunk` at a time.
 
-    Images are (prompts × seeds, 3, height, width) on the CPU. Its generators are its own: training's draws stay as they are.
+    Images are (prompts × seeds, 3, height, width), on the CPU. Its generators are its own.
     """
 
     def __init__(self, run, chunk=8):
@@ -1108,15 +1075,17 @@ class Sampler:
         self.uncond = encode_prompts(models, [args.validation_negative_prompt])
 
     def images(self, name, steps, stock=False):
-        """Pictures of `teacher` (guided), `untrained` (the teacher as a consistency function), `student` or `target`."""
+        """Pictures of `teacher` (guided), `untrained` (the teacher as consistency function), `student` or `target`."""
         args, models, net = self.run.args, self.run.models, self.run.nets["teacher" if name == "untrained" else name]
-        schedule, scheduler, weight = models.schedule, models.scheduler, args.validation_guidance_scale - 1
+        schedule, scheduler, scaling = models.schedule, models.scheduler, args.timestep_scaling_factor
+        weight = args.validation_guidance_scale - 1
         scheduler.set_timesteps(min(steps, args.num_ddim_timesteps), device=self.noise.device)
         timesteps, parts = scheduler.timesteps.tolist(), []
         if name == "teacher":
             timesteps = [round(schedule.num_train_timesteps * (1 - j / steps)) - 1 for j in range(steps)]
         for noise, c in zip(self.noise.split(self.chunk), self.c.split(self.chunk), strict=True):
             given = {"c": c, "w": torch.full((len(noise),), weight, device=noise.device)}
+            f = functools.partial(consistency_function, net, schedule, scaling=scaling, **given)
             uncond = self.uncond if weight and not net.guidance_dim else None
             if stock:
                 x_0 = sample_stock(net, scheduler, noise, steps, seed=args.seed, **given)
@@ -1124,16 +1093,13 @@ class Sampler:
                 guided = functools.partial(guided_prediction, net, schedule, uncond=uncond, **given)
                 x_0 = sample_chain(guided, schedule, noise, timesteps)
             else:
-                f = functools.partial(
-                    consistency_function, net, schedule, scaling=args.timestep_scaling_factor, **given
-                )
                 x_0 = sample_chain(lambda x_t, t: [f(x_t, t)], schedule, noise, timesteps)  # noqa: B023
             parts.append(decode_latents(models.vae, x_0).cpu())
         return torch.cat(parts)
 
 
 def validate(run):
-    """Logs pictures of the EMA student beside the teacher's, and how close each network comes to the teacher's 50 steps."""
+    """Logs pictures of the EMA student beside the teacher's, and the PSNR of each network to the teacher's 50 steps."""
     args, steps, images = run.args, run.args.validation_num_inference_steps, run.references
     if run.accelerator.is_main_process:
         if not images:
@@ -1183,8 +1149,10 @@ def print_fidelity(metrics, steps, sampler, args):
     """Prints the table of PSNRs, for all prompts or for each file of them."""
     labels = {"teacher": "teacher, guided (2 evaluations a step)", "untrained": "untrained student",
               "student": "student", "target": "student, EMA (exported)"}  # fmt: skip
-    text = f"PSNR in dB to the teacher's 50 steps, deterministic chain, guidance scale {args.validation_guidance_scale:g}, "
-    text += f"{len(sampler.prompts)} prompts × {sampler.seeds} seeds\n"
+    text = (
+        f"PSNR in dB to the teacher's 50 steps: deterministic chain, {len(sampler.prompts)} prompts × {sampler.seeds} "
+    )
+    text += f"seeds, guidance scale {args.validation_guidance_scale:g}\n"
     for group in sampler.groups or [""]:
         text += f"{group or 'steps':42}" + "".join(f"{k:8}" for k in steps) + "\n"
         for name, label in labels.items():
@@ -1220,9 +1188,10 @@ def write_metrics(run, metrics):
 
 def reduce_skipped(run):
     """Skipped samples by reason, summed over the ranks."""
-    counts = torch.tensor([run.reader.skipped[reason] for reason in SKIP_REASONS], device=run.accelerator.device)
+    reasons = (*FILTERS, *FAULTS)
+    counts = torch.tensor([run.reader.skipped[reason] for reason in reasons], device=run.accelerator.device)
     counts = run.accelerator.reduce(counts, "sum").tolist()
-    return {reason: count for reason, count in zip(SKIP_REASONS, counts, strict=True) if count}
+    return {reason: count for reason, count in zip(reasons, counts, strict=True) if count}
 
 
 def log_metrics(run, clock, progress):
@@ -1233,13 +1202,14 @@ def log_metrics(run, clock, progress):
     args, accelerator = run.args, run.accelerator
     meter = dict(zip(METER, accelerator.reduce(run.meter.clone(), "mean").tolist(), strict=True))
     if meter["longest_in_a_row"] >= 10 / accelerator.num_processes:  # the mean over the ranks
-        fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, or a lower --learning_rate, and check "
-             "the VAE, which can overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
+        fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, a lower --learning_rate, and a VAE "
+             "that does not overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
     seconds = time.perf_counter() - clock["time"]
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else memory
-    metrics = {"loss": meter["loss"] / max(1.0, meter["steps"]), "grad_norm": meter["grad_norm"] / max(1.0, meter["steps"]),
+    steps = max(1.0, meter["steps"])
+    metrics = {"loss": meter["loss"] / steps, "grad_norm": meter["grad_norm"] / steps,
                "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": batch * (run.step - clock["step"]) / seconds,
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
                "nonfinite_steps": round(meter["nonfinite_steps"]), "skipped": reduce_skipped(run)}  # fmt: skip
@@ -1272,9 +1242,8 @@ def train_step(run):
             x_0 = encode_images(models.vae, pixel_values, args.vae_encode_batch_size, generator)
             c = encode_prompts(models, batch["captions"])
             draws = draw(x_0, models.schedule, args, generator)
-            loss = distillation_loss(
-                **run.nets, schedule=models.schedule, x_0=x_0, c=c, uncond=run.uncond, draws=draws, args=args
-            )
+            loss = distillation_loss(**run.nets, schedule=models.schedule, x_0=x_0, c=c, uncond=run.uncond,
+                                     draws=draws, args=args)  # fmt: skip
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
@@ -1299,16 +1268,16 @@ def optimizer_step(run, grad_norm):
 def update_meter(meter, loss, grad_norm):
     """Adds a step to the METER, on the device. An overflow that the fp16 scaler handles has a finite loss."""
     good = torch.isfinite(loss)
-    meter[:3] += torch.stack(
-        [torch.where(good, loss, 0), torch.where(torch.isfinite(grad_norm), grad_norm, 0), good.float()]
-    )
+    meter[0] += torch.where(good, loss, 0)
+    meter[1] += torch.where(torch.isfinite(grad_norm), grad_norm, 0)
+    meter[2] += good
     meter[3] += ~good
     meter[4] = (meter[4] + 1) * ~good
     meter[5] = torch.maximum(meter[5], meter[4])
 
 
 def handle_signals(run):
-    """SIGTERM and SIGINT end the run after the step that is under way, with a checkpoint; a second one ends it at once."""
+    """SIGTERM and SIGINT end the run after the step under way, with a checkpoint; a second one ends it at once."""
 
     def handler(signum, _frame):
         run.stop_signal = signum
@@ -1377,7 +1346,8 @@ def make_optimizer(args, parameters, num_processes):
         optimizer = bitsandbytes.optim.AdamW8bit(parameters, **settings)
     else:
         optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
-    return optimizer, get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
 
 
 def start_run(args, accelerator):

@@ -3,7 +3,9 @@
 import importlib.util
 import io
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -60,7 +62,8 @@ def make_pipeline(folder, prediction_type="epsilon", time_cond_proj_dim=None, in
     text = CLIPTextConfig(vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                           num_attention_heads=2, max_position_embeddings=16, eos_token_id=size - 1)  # fmt: skip
     vae = AutoencoderKL(block_out_channels=[8, 16], norm_num_groups=4, latent_channels=4, sample_size=16,
-                        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)  # fmt: skip
+                        down_block_types=["DownEncoderBlock2D"] * 2,
+                        up_block_types=["UpDecoderBlock2D"] * 2)  # fmt: skip
     unet = UNet2DConditionModel(sample_size=8, in_channels=in_channels, block_out_channels=[8, 16], norm_num_groups=4,
                                 layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
                                 down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
@@ -126,10 +129,26 @@ def tiny_args(teacher, shards, output, *more):
 def run_script(arguments, processes=1, script=SCRIPT, cwd=None, timeout=300):
     """Runs a script as a user does, in processes of its own; returns the CompletedProcess."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     command = [*(launch if processes > 1 else [sys.executable]), str(script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def read_metrics(output):
     return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_main(script, arguments):
+    """Runs a script's main in this process, as often as wanted: resets accelerate's singletons, restores signals."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    logging.root.handlers, loggers = [], logging.root.handlers
+    try:
+        return script.main([str(argument) for argument in arguments])
+    finally:
+        logging.root.handlers = loggers
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

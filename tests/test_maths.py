@@ -1,0 +1,503 @@
+"""The mathematics of the method, against closed forms, float64 and stock diffusers; notation as in the scripts."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline, tiny_args
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+CPU = torch.device("cpu")
+TYPES = ["epsilon", "v_prediction", "sample"]
+SHAPE = (4, 4, 8, 8)
+
+
+def make_scheduler(prediction_type="epsilon", kind=DDPMScheduler, **more):
+    return kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
+                **more)  # fmt: skip
+
+
+def make_schedule(lcm, num_ddim_timesteps=50, prediction_type="epsilon"):
+    return lcm.Schedule(make_scheduler(prediction_type), num_ddim_timesteps, CPU)
+
+
+def alpha_sigma64(t):
+    """α_t and σ_t in float64, shape (batch, 1, 1, 1), from the definition of the scaled linear schedule."""
+    alphas_cumprod = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[np.asarray(t)]
+    pair = torch.from_numpy(np.stack([alphas_cumprod, 1 - alphas_cumprod])).sqrt()
+    return pair[0].view(-1, 1, 1, 1), pair[1].view(-1, 1, 1, 1)
+
+
+def scalings64(t, scaling=10.0):
+    """c_skip and c_out in float64."""
+    scaled = scaling * torch.as_tensor(t, dtype=torch.float64).view(-1, 1, 1, 1)
+    return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape or SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def full(t, batch=SHAPE[0]):
+    return torch.full((batch,), t)
+
+
+def to_output(prediction_type, x_0, eps, t):
+    """What a network of this prediction type would have to say, for (x_0, ε)."""
+    alpha, sigma = alpha_sigma64(t)
+    return {"epsilon": eps, "sample": x_0, "v_prediction": (alpha * eps - sigma * x_0).float()}[prediction_type]
+
+
+def perfect(prediction_type, spread=0.0):
+    """The exact denoiser of data N(μ, spread²·I), as a network; μ is the first number of each conditioning."""
+
+    def net(x_t, t, c, _w=None):
+        alpha, sigma = (value.float() for value in alpha_sigma64(t))
+        mean = c[:, :1, :1, None]
+        x_0 = mean + alpha * spread**2 / ((alpha * spread) ** 2 + sigma**2) * (x_t - alpha * mean)
+        return to_output(prediction_type, x_0, (x_t - alpha * x_0) / sigma, t)
+
+    return net
+
+
+def conditioning(means):
+    return torch.tensor(means)[:, None, None].repeat(1, 16, 16)
+
+
+# ---------------------------------------------------------------------------------------------- schedule, one jump
+
+
+@pytest.mark.parametrize(
+    "steps, first, last, spacing", [(50, 19, 999, 20), (1, 999, 999, 0), (1000, 0, 999, 1), (7, 141, 993, 142)]
+)
+def test_grid_and_its_lower_neighbours(lcm, steps, first, last, spacing):
+    schedule = make_schedule(lcm, steps)
+    grid = schedule.grid.tolist()
+    assert (len(grid), grid[0], grid[-1]) == (steps, first, last)
+    assert set(np.diff(grid)) <= {spacing}
+    assert schedule.prev.tolist() == [0, *grid[:-1]]
+
+
+def test_alpha_and_sigma_are_the_float32_of_the_noise_schedule(lcm):
+    t = torch.arange(1000)
+    alpha, sigma = make_schedule(lcm).alpha_sigma(t)
+    assert alpha.shape == sigma.shape == (1000, 1, 1, 1) and alpha.dtype == sigma.dtype == torch.float32
+    for found, exact in zip((alpha, sigma), alpha_sigma64(t), strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=3e-4, atol=0)  # 1 − ᾱ cancels at t = 0
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_prediction_types_agree_on_x0_and_eps(lcm, prediction_type):
+    schedule = make_schedule(lcm, prediction_type=prediction_type)
+    x_0, eps = randn(), randn(seed=1)
+    for t in (0, 1, 19, 500, 999):
+        x_t = schedule.jump(x_0, eps, full(t))
+        found = schedule.x0_eps(to_output(prediction_type, x_0, eps, full(t)), x_t, full(t))
+        torch.testing.assert_close(found[0], x_0, rtol=0, atol=2e-5)
+        torch.testing.assert_close(found[1], eps, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("t, s", [(999, 0), (999, 979), (500, 19), (19, 0)])
+def test_one_jump_is_exact_for_a_single_data_point(lcm, prediction_type, t, s):
+    schedule, c, eps = make_schedule(lcm, prediction_type=prediction_type), conditioning([0.3, -1.0, 2.0, 0.0]), randn()
+    x_t, x_s = (schedule.jump(c[:, :1, :1, None].expand(SHAPE), eps, full(time)) for time in (t, s))
+    prediction = lcm.guided_prediction(perfect(prediction_type), schedule, x_t, full(t), c, None, None)
+    torch.testing.assert_close(schedule.jump(*prediction, full(s)), x_s, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_ddim_error_on_a_gaussian_shrinks_with_first_order(lcm, prediction_type):
+    """x_t = α μ + sqrt(α² s² + σ²) z with one z for all t solves the probability-flow ODE of data N(μ, s² I)."""
+    spread, c, errors = 0.5, conditioning([0.3, -1.0, 2.0, 0.0]), []
+    marginal = lambda t: (a * c[:, :1, :1, None] + ((a * spread) ** 2 + s**2).sqrt() * randn() for a, s in [t])  # noqa: E731
+    start, end = (next(marginal(alpha_sigma64(full(t)))) for t in (999, 0))
+    for steps in (25, 50, 100, 200):
+        schedule, x = make_schedule(lcm, steps, prediction_type), start.float()
+        for t, prev in zip(schedule.grid.flip(0), schedule.prev.flip(0), strict=True):
+            prediction = lcm.guided_prediction(perfect(prediction_type, spread), schedule, x, full(t), c, None, None)
+            x = schedule.jump(*prediction, full(prev))
+        errors.append((x - end).abs().mean().item())
+    assert errors[-1] < 0.01
+    ratios = [coarse / fine for coarse, fine in zip(errors, errors[1:], strict=False)]
+    assert all(1.8 < ratio < 2.2 for ratio in ratios), ratios
+
+
+# ------------------------------------------------------------------------------------- consistency function, losses
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_consistency_function_is_the_identity_at_zero(lcm, prediction_type):
+    x, output = randn(), 100 * randn(seed=1)
+    f = lcm.consistency_function(lambda *_: output, make_schedule(lcm, prediction_type=prediction_type), x, full(0),
+                                 None, None, 10.0)  # fmt: skip
+    assert torch.equal(f, x)
+
+
+@pytest.mark.parametrize("scaling", [10.0, 3.5])
+def test_c_skip_and_c_out_at_every_timestep_are_those_of_the_lcm_scheduler(lcm, scaling):
+    schedule, t = make_schedule(lcm, prediction_type="sample"), torch.arange(1000)
+    zero, one = torch.zeros(1000, 1, 1, 1), torch.ones(1000, 1, 1, 1)
+    c_skip = lcm.consistency_function(lambda *_: zero, schedule, one, t, None, None, scaling)
+    c_out = lcm.consistency_function(lambda *_: one, schedule, zero, t, None, None, scaling)
+    stock = LCMScheduler(timestep_scaling=scaling).get_scalings_for_boundary_condition_discrete(t.double())
+    for found, exact, stocks in zip((c_skip, c_out), scalings64(t, scaling), stock, strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.double().flatten(), stocks, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (1, 3)])
+def test_distance_equals_float64(lcm, shape):
+    a, b = randn(*shape), randn(*shape, seed=1)
+    d = a.double().numpy() - b.double().numpy()
+    assert lcm.distance(a, b, "l2", 0.001).item() == pytest.approx(np.mean(d**2), rel=1e-6)
+    for c in (0.001, 0.5):
+        exact = np.mean(np.sqrt(d**2 + c**2) - c)
+        assert lcm.distance(a, b, "huber", c).item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_distance_of_half_precision_is_computed_in_float32(lcm):
+    a, b = randn().bfloat16(), randn(seed=1).bfloat16()
+    found = lcm.distance(a, b, "l2", 0.001)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(((a.double() - b.double()) ** 2).mean().item(), rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- guidance, draws
+
+
+@pytest.mark.parametrize("dim", [256, 512, 64, 33, 7])
+def test_guidance_embedding_equals_the_pipelines(lcm, dim):
+    w = torch.tensor([0.0, 0.5, 6.5, 14.0])
+    stock = StableDiffusionPipeline.get_guidance_scale_embedding(None, w, dim)
+    assert torch.equal(lcm.guidance_embedding(w, dim), stock)
+    angles = 1000 * w.double()[1, None] * 10000.0 ** (-torch.arange(dim // 2).double() / (dim // 2 - 1))
+    exact = torch.cat([angles.sin(), angles.cos(), torch.zeros(dim % 2).double()])
+    torch.testing.assert_close(stock[1].double(), exact, rtol=0, atol=5e-4)
+
+
+def make_unet(seed, **config):
+    """A random U-Net of some 100,000 parameters, in training mode as a student is, but without dropout."""
+    torch.manual_seed(seed)
+    blocks = {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+              "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "block_out_channels": [8, 16]}  # fmt: skip
+    return UNet2DConditionModel(sample_size=8, norm_num_groups=4, layers_per_block=1, cross_attention_dim=16,
+                                attention_head_dim=4, **blocks, **config)  # fmt: skip
+
+
+class Recorder:
+    """A Denoiser that notes the batch sizes of its calls."""
+
+    def __init__(self, net):
+        self.net, self.batches = net, []
+
+    def __call__(self, x_t, *rest):
+        self.batches.append(len(x_t))
+        return self.net(x_t, *rest)
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_guided_prediction_is_two_passes_guided_in_x0_and_eps(lcm, prediction_type):
+    unet, schedule = make_unet(0).eval(), make_schedule(lcm, prediction_type=prediction_type)
+    net = Recorder(lcm.Denoiser(unet, unet.config))
+    x_t, t, c, uncond = randn(), torch.tensor([19, 259, 500, 999]), randn(4, 16, 16), randn(1, 16, 16, seed=1)
+    w = torch.tensor([0.0, 1.0, 7.5, 14.0])
+    alpha, sigma = (value.float() for value in alpha_sigma64(t))
+    with torch.no_grad():
+        found = lcm.guided_prediction(net, schedule, x_t, t, c, uncond, w)
+        passes = [unet(x_t, t, states).sample for states in (c, uncond.repeat(4, 1, 1))]
+    convert = {"epsilon": lambda out: ((x_t - sigma * out) / alpha, out),
+               "v_prediction": lambda out: (alpha * x_t - sigma * out, alpha * out + sigma * x_t),
+               "sample": lambda out: (out, (x_t - alpha * out) / sigma)}[prediction_type]  # fmt: skip
+    for guided, cond, without in zip(found, convert(passes[0]), convert(passes[1]), strict=True):
+        torch.testing.assert_close(guided, cond + w.view(-1, 1, 1, 1) * (cond - without), rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(passes[0], passes[1], atol=1e-3)
+    assert net.batches == [8]
+
+
+def test_without_uncond_the_teacher_runs_once_and_is_not_guided(lcm):
+    unet, schedule = make_unet(0).eval(), make_schedule(lcm)
+    net = Recorder(lcm.Denoiser(unet, unet.config))
+    x_t, t, c = randn(), torch.tensor([19, 259, 500, 999]), randn(4, 16, 16)
+    with torch.no_grad():
+        found = lcm.guided_prediction(net, schedule, x_t, t, c, None, torch.zeros(4))
+        eps = unet(x_t, t, c).sample
+    assert net.batches == [4]
+    assert torch.equal(found[1], eps)
+
+
+def test_draws_depend_on_the_generator_alone_and_lie_in_range(lcm):
+    args = lcm.parse_args(tiny_args("t", "s", "o", "--w_min", "3", "--w_max", "8"))
+    schedule, x_0 = make_schedule(lcm, 10), torch.zeros(2000, 4, 2, 2)
+    draws, again, other = (lcm.draw(x_0, schedule, args, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    for name in ("eps", "index", "w"):
+        assert torch.equal(getattr(draws, name), getattr(again, name)), name
+        assert not torch.equal(getattr(draws, name), getattr(other, name)), name
+    assert draws.eps.shape == x_0.shape and draws.w.shape == draws.index.shape == (2000,)
+    assert draws.eps.mean().abs() < 0.02 and (draws.eps.std() - 1).abs() < 0.02
+    counts = torch.bincount(draws.index, minlength=10)
+    assert len(counts) == 10 and counts.min() > 140 and counts.max() < 260
+    assert 3 <= draws.w.min() < 3.05 and 7.95 < draws.w.max() <= 8 and (draws.w.mean() - 5.5).abs() < 0.15
+
+
+# ------------------------------------------------------------------------------------------------- the method's loss
+
+
+def loss_args(lcm, *more):
+    return lcm.parse_args(tiny_args("t", "s", "o", "--num_ddim_timesteps", "50", *more))
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_loss_vanishes_where_the_student_knows_the_guided_trajectory(lcm, prediction_type):
+    """Teacher: exact for the data point a given c, b given ∅, so, guided, for p = a + w (a − b), whose trajectory is
+    straight in (α, σ). Student and target answer with its end, f(x_t, w, c, t) = α_0 p + σ_0 ε."""
+    b, schedule, args = 0.2, make_schedule(lcm, 50, prediction_type), loss_args(lcm)
+    c, uncond = conditioning([0.3, -0.5, 0.1, 0.2]), conditioning([b])
+    draws = lcm.Draws(randn(), torch.tensor([0, 1, 25, 49]), torch.tensor([0.0, 1.0, 2.0, 5.0]))
+
+    def knowing(shift=0.0):
+        def net(x_t, t, c, w):
+            (alpha, sigma), (c_skip, c_out) = alpha_sigma64(t), scalings64(t)
+            a = c[:, :1, :1, None].double()
+            point = a + w.view(-1, 1, 1, 1) * (a - b)
+            alpha_0, sigma_0 = alpha_sigma64(full(0))
+            end = alpha_0 * point + sigma_0 * (x_t - alpha * point) / sigma + shift
+            x_0 = torch.where(c_out > 0, (end - c_skip * x_t) / c_out.clamp_min(1e-9), point)
+            return to_output(prediction_type, x_0, (x_t - alpha * x_0) / sigma, t).float()
+
+        return net
+
+    p = c[:, :1, :1, None] + draws.w.view(-1, 1, 1, 1) * (c[:, :1, :1, None] - b)
+    x_0 = p.expand(SHAPE)  # so that x_t lies on the trajectory of p that ends in α_0 p + σ_0 ε
+    given = {"schedule": schedule, "x_0": x_0, "c": c, "uncond": uncond, "draws": draws, "args": args}
+    teacher = perfect(prediction_type)
+    assert lcm.distillation_loss(knowing(), knowing(), teacher, **given).item() < 1e-7
+    # the student's answers are moved by 1/2 in all four samples, the target's in three: f(x, 0) = x at the lowest point
+    assert lcm.distillation_loss(knowing(0.5), knowing(), teacher, **given).item() == pytest.approx(0.25, rel=1e-2)
+    assert lcm.distillation_loss(knowing(), knowing(0.5), teacher, **given).item() == pytest.approx(0.1875, rel=1e-2)
+
+
+@pytest.fixture
+def nets(lcm):
+    """Student, target and teacher with weights of their own, and the inputs of a loss."""
+    unets = {"student": make_unet(0, time_cond_proj_dim=32), "target": make_unet(1, time_cond_proj_dim=32)}
+    unets["teacher"] = make_unet(2)
+    draws = lcm.Draws(randn(), torch.tensor([0, 3, 25, 49]), torch.tensor([0.0, 0.5, 1.0, 7.0]))
+    given = {"x_0": randn(seed=1), "c": randn(4, 16, 16, seed=2), "uncond": randn(1, 16, 16, seed=3), "draws": draws}
+    return SimpleNamespace(unets=unets, given=given, **{k: lcm.Denoiser(v, v.config) for k, v in unets.items()})
+
+
+def loss64(unets, x_0, c, uncond, draws, prediction_type, loss_type, huber_c, spacing=20):
+    """The method again, in float64, from the paper's formulas (arXiv:2310.04378, Algorithm 1)."""
+    unets = {name: copy.deepcopy(unet).double() for name, unet in unets.items()}
+    x_0, c, uncond, eps, w = (value.double() for value in (x_0, c, uncond, draws.eps, draws.w))
+    embedding = StableDiffusionPipeline.get_guidance_scale_embedding(None, draws.w, 32).double()
+
+    def predict(name, x_t, t, c, embedding=None):
+        out, (alpha, sigma) = unets[name](x_t, t, c, timestep_cond=embedding).sample, alpha_sigma64(t)
+        if prediction_type == "epsilon":
+            return (x_t - sigma * out) / alpha, out
+        return alpha * x_t - sigma * out, sigma * x_t + alpha * out
+
+    def f(name, x_t, t):
+        c_skip, c_out = scalings64(t)
+        return c_skip * x_t + c_out * predict(name, x_t, t, c, embedding)[0]
+
+    t = (draws.index + 1) * spacing - 1
+    t_prev = (t - spacing).clamp_min(0)
+    (alpha, sigma), (alpha_prev, sigma_prev), w = alpha_sigma64(t), alpha_sigma64(t_prev), w.view(-1, 1, 1, 1)
+    x_t = alpha * x_0 + sigma * eps
+    pairs = zip(predict("teacher", x_t, t, c), predict("teacher", x_t, t, uncond.repeat(len(c), 1, 1)), strict=True)
+    x0_hat, eps_hat = [(1 + w) * cond - w * without for cond, without in pairs]
+    d = f("student", x_t, t) - f("target", alpha_prev * x0_hat + sigma_prev * eps_hat, t_prev)
+    return (d**2 if loss_type == "l2" else (d**2 + huber_c**2).sqrt() - huber_c).mean().item()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("loss_type, huber_c", [("l2", 0.001), ("huber", 0.001), ("huber", 1.0)])
+def test_loss_of_random_networks_equals_float64(lcm, nets, prediction_type, loss_type, huber_c):
+    args = loss_args(lcm, "--loss_type", loss_type, "--huber_c", huber_c and str(huber_c))
+    schedule = make_schedule(lcm, 50, prediction_type)
+    with torch.no_grad():
+        found = lcm.distillation_loss(nets.student, nets.target, nets.teacher, schedule, args=args, **nets.given).item()
+        exact = loss64(nets.unets, prediction_type=prediction_type, loss_type=loss_type, huber_c=huber_c, **nets.given)
+    assert found == pytest.approx(exact, rel=2e-4)
+
+
+def test_gradient_reaches_all_of_the_student_and_nothing_else(lcm, nets):
+    for net in (nets.student, nets.target, nets.teacher):
+        net.unet.requires_grad_(True)
+    schedule = make_schedule(lcm)
+    lcm.distillation_loss(
+        nets.student, nets.target, nets.teacher, schedule, args=loss_args(lcm), **nets.given
+    ).backward()
+    untouched = [name for name, p in nets.student.unet.named_parameters() if p.grad is None or not p.grad.any()]
+    # keys' biases and the like do not exist in this U-Net: all parameters matter
+    assert untouched == [] and "time_embedding.cond_proj.weight" in dict(nets.student.unet.named_parameters())
+    for net in (nets.target, nets.teacher):
+        assert all(p.grad is None for p in net.unet.parameters())
+
+
+def test_the_new_projection_learns_although_it_starts_at_zero(lcm, nets):
+    student = lcm.make_student(nets.teacher.unet, loss_args(lcm))
+    student = lcm.Denoiser(student, student.config)
+    lcm.distillation_loss(
+        student, nets.target, nets.teacher, make_schedule(lcm), args=loss_args(lcm), **nets.given
+    ).backward()
+    assert student.unet.time_embedding.cond_proj.weight.grad.abs().sum() > 0
+
+
+# --------------------------------------------------------------------------------------------------- the networks
+
+
+def test_student_starts_as_the_teacher_for_every_w(lcm):
+    teacher = make_unet(0).eval()
+    student = lcm.make_student(teacher, loss_args(lcm, "--unet_time_cond_proj_dim", "48")).eval()
+    assert student.config.time_cond_proj_dim == 48 and student.dtype == torch.float32
+    assert {**student.config, "time_cond_proj_dim": None} == {**teacher.config}
+    net, x_t, t, c = lcm.Denoiser(student, student.config), randn(), torch.tensor([0, 19, 500, 999]), randn(4, 16, 16)
+    with torch.no_grad():
+        for w in (torch.zeros(4), torch.tensor([0.1, 5.0, 7.5, 14.0])):
+            assert torch.equal(net(x_t, t, c, w), teacher(x_t, t, c).sample)
+
+
+def test_student_shares_no_memory_with_the_teacher(lcm):
+    teacher = make_unet(0)
+    before = copy.deepcopy(teacher.state_dict())
+    with torch.no_grad():
+        torch._foreach_add_(list(lcm.make_student(teacher, loss_args(lcm)).parameters()), 1.0)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_teacher_that_embeds_w_keeps_its_width_and_its_projection(lcm):
+    teacher = make_unet(0, time_cond_proj_dim=24).eval()
+    student = lcm.make_student(teacher, loss_args(lcm)).eval()
+    assert student.config.time_cond_proj_dim == 24
+    x_t, t, c, w = randn(), torch.tensor([0, 19, 500, 999]), randn(4, 16, 16), torch.tensor([1.0, 2.0, 7.0, 14.0])
+    embedding = StableDiffusionPipeline.get_guidance_scale_embedding(None, w, 24)
+    schedule = make_schedule(lcm)
+    with torch.no_grad():
+        exact = teacher(x_t, t, c, timestep_cond=embedding).sample
+        for unet in (teacher, student):
+            net = lcm.Denoiser(unet, unet.config)
+            assert torch.equal(net(x_t, t, c, w), exact)
+            assert torch.equal(lcm.guided_prediction(net, schedule, x_t, t, c, None, w)[1], exact)
+        assert not torch.allclose(net(x_t, t, c, w + 1), exact, atol=1e-4)
+
+
+def test_denoiser_runs_in_the_networks_precision_and_answers_in_float32(lcm):
+    unet = make_unet(0, time_cond_proj_dim=32).eval()
+    given = randn(), torch.tensor([0, 19, 500, 999]), randn(4, 16, 16), torch.full((4,), 0.5)
+    with torch.no_grad():
+        exact = lcm.Denoiser(unet, unet.config)(*given)
+        half = lcm.Denoiser(unet.bfloat16(), unet.config)(*given)
+    assert half.dtype == torch.float32
+    assert 0 < (half - exact).abs().mean() / exact.abs().mean() < 0.02
+
+
+@pytest.fixture(scope="module")
+def models(lcm, tmp_path_factory):
+    """The Models of a tiny v-prediction pipeline, N = 50, timestep scaling 7."""
+    path = make_pipeline(tmp_path_factory.mktemp("v"), prediction_type="v_prediction")
+    args = lcm.parse_args(tiny_args(path, "s", "o", "--num_ddim_timesteps", "50", "--timestep_scaling_factor", "7"))
+    accelerator = SimpleNamespace(mixed_precision="no", device=CPU)
+    return lcm.load_models(args, lcm.check_teacher(args), accelerator)
+
+
+def test_pixels_become_latents_with_the_vaes_mean_spread_and_scaling(lcm, models):
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels[0], pixels[1] = 0, 255
+    latents = lcm.encode_images(models.vae, pixels, 32, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        posterior = models.vae.encode(pixels.float() / 127.5 - 1).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
+    exact = (posterior.mean + posterior.std * noise) * models.vae.config.scaling_factor
+    assert latents.dtype == torch.float32 and latents.shape == (3, 4, 8, 8)
+    torch.testing.assert_close(latents, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_of_the_vae_do_not_change_its_means(lcm, models):
+    pixels = torch.randint(0, 256, (5, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    chunked, whole = (
+        lcm.encode_images(models.vae, pixels, chunk, torch.Generator().manual_seed(1)) for chunk in (2, 5)
+    )
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_become_pictures_between_zero_and_one(lcm, models):
+    latents = 20 * randn()
+    with torch.no_grad():
+        decoded = models.vae.decode(latents / models.vae.config.scaling_factor).sample
+    found = lcm.decode_latents(models.vae, latents)
+    torch.testing.assert_close(found, (decoded / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+    assert decoded.abs().max() > 1  # so that the clamp was needed
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(lcm, models, tmp_path):
+    pipeline = StableDiffusionPipeline(models.vae, models.text_encoder, models.tokenizer, models.teacher,
+                                       models.scheduler, None, None, requires_safety_checker=False)  # fmt: skip
+    captions = ["a red fox", "", "a caption of far more than sixteen tokens, to be cut"]
+    stock = pipeline.encode_prompt(captions, CPU, 1, False)[0]
+    torch.testing.assert_close(lcm.encode_prompts(models, captions), stock, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_exported_scheduler_visits_points_of_the_grid(lcm, models):
+    config = models.scheduler.config
+    assert (config.original_inference_steps, config.timestep_scaling, config.prediction_type) == (50, 7, "v_prediction")
+    for steps, points in {1: [999], 2: [999, 499], 4: [999, 759, 499, 259]}.items():
+        models.scheduler.set_timesteps(steps)
+        assert models.scheduler.timesteps.tolist() == points
+        assert set(points) <= set(models.schedule.grid.tolist())
+
+
+def test_one_step_of_the_stock_sampler_is_the_consistency_function(lcm, models):
+    net, noise, c = lcm.Denoiser(models.student, models.student.config), randn(), randn(4, 16, 16, seed=1)
+    w = torch.full((4,), 6.5)
+    with torch.no_grad():
+        f = lcm.consistency_function(net, models.schedule, noise, full(999), c, w, 7.0)
+    stock = lcm.sample_stock(net, models.scheduler, noise, 1, c, w, 0)
+    torch.testing.assert_close(stock, f, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("timesteps", [[999], [999, 499], [999, 759, 499, 259]])
+def test_chain_of_a_perfect_denoiser_ends_at_the_data_point(lcm, prediction_type, timesteps):
+    schedule, c = make_schedule(lcm, prediction_type=prediction_type), conditioning([0.3, -1.0, 2.0, 0.0])
+    predict = lambda x, t: lcm.guided_prediction(perfect(prediction_type), schedule, x, t, c, None, None)  # noqa: E731
+    found = lcm.sample_chain(predict, schedule, randn(), timesteps)
+    torch.testing.assert_close(found, c[:, :1, :1, None].expand(SHAPE), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_chain_of_the_teacher_is_stock_ddim(lcm, prediction_type, steps):
+    unet, schedule = make_unet(0).eval(), make_schedule(lcm, prediction_type=prediction_type)
+    net, noise, c = lcm.Denoiser(unet, unet.config), randn(), randn(4, 16, 16)
+    stock = make_scheduler(prediction_type, DDIMScheduler, clip_sample=False, timestep_spacing="trailing")
+    stock.set_timesteps(steps)
+    x = noise
+    with torch.no_grad():
+        for t in stock.timesteps:
+            x, x_0 = stock.step(unet(x, t, c).sample, t, x, eta=0.0, return_dict=False)
+    predict = lambda x, t: lcm.guided_prediction(net, schedule, x, t, c, None, None)  # noqa: E731
+    found = lcm.sample_chain(predict, schedule, noise, stock.timesteps.tolist())
+    torch.testing.assert_close(found, x_0, rtol=1e-3, atol=1e-3)
+
+
+def test_fidelity_is_the_psnr_to_the_teachers_fifty_steps_by_prompt_file(lcm):
+    reference = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) / 2  # two prompts × two seeds
+    off = torch.tensor([0.1, 0.1, 0.01, 0.01]).view(-1, 1, 1, 1)  # 20 dB for the first prompt, 40 for the second
+    images = {("teacher", 50): reference, ("teacher", 1): reference, ("untrained", 1): reference * 0.5}
+    images |= {("student", 1): reference + off, ("target", 1): reference + 0.1}
+    found = lcm.fidelity(images, [1], {"": range(2), "one": range(1), "two": range(1, 2)}, 2)
+    assert {key: found[f"fidelity/{key}"] for key in ("student_psnr_k1", "student_psnr_k1/one", "student_psnr_k1/two",
+                                                      "target_psnr_k1", "teacher_psnr_k1")} == {
+        "student_psnr_k1": 30, "student_psnr_k1/one": 20, "student_psnr_k1/two": 40, "target_psnr_k1": 20,
+        "teacher_psnr_k1": 100}  # fmt: skip
+    sharpness = [found[f"fidelity/{name}_sharpness_k1"] for name in ("teacher", "untrained", "target")]
+    assert sharpness == pytest.approx([1, 0.5, 1], abs=1e-3)

@@ -1,0 +1,631 @@
+"""train_lcm_distill_sd_wds.py end to end: variants, exact resume, faults, export, validation, flags, first errors."""
+
+import ast
+import contextlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, make_pipeline, read_metrics, run_main, run_script, tiny_args
+from PIL import Image
+from safetensors.torch import load_file
+
+# one prompt, one seed, one chain: validation in a second
+QUICK_VALIDATION = "--validation_prompts a --num_validation_images 1 --validation_num_inference_steps 1".split()
+
+
+@pytest.fixture(scope="module")
+def train(lcm, tiny, shards):
+    """train(output, *more, teacher, shards): four steps with a checkpoint every two; returns the output folder."""
+
+    def run(output, *more, teacher=tiny, shards=shards):
+        scaling = ("--timestep_scaling_factor", "9")  # not the default of diffusers' LCMScheduler
+        run_main(lcm, tiny_args(teacher, shards, output, "--checkpointing_steps", "2", *scaling, *more))
+        return Path(output)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(train, tmp_path_factory):
+    """The output of an undisturbed run, which nothing may write to."""
+    return train(tmp_path_factory.mktemp("straight") / "run")
+
+
+@pytest.fixture
+def on_call(lcm, monkeypatch):
+    """on_call(name, number, action): runs an action before that call (1, 2, …) of one of the script's functions."""
+
+    def patch(name, number, action):
+        plain, calls = getattr(lcm, name), []
+
+        def wrapper(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == number:
+                action()
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(lcm, name, wrapper)
+
+    return patch
+
+
+def leaves(value, name=""):
+    """Yields (name, leaf) of nested dicts and lists."""
+    if isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{name}/{key}")
+    else:
+        yield name, value
+
+
+def read_checkpoint(folder):
+    """All that a checkpoint holds except the arguments, flat."""
+    weights = {name: load_file(folder / f"{name}.safetensors") for name in ("student", "target")}
+    optimizer, state = torch.load(folder / "optimizer.pt"), json.loads((folder / "state.json").read_text())
+    del state["args"]
+    return dict(leaves({**weights, "optimizer": optimizer, "state": state}))
+
+
+def differences(one, two):
+    """Names of the leaves that are not bit for bit the same."""
+    assert one.keys() == two.keys()
+    is_same = {name: torch.equal(a, two[name]) if torch.is_tensor(a) else a == two[name] for name, a in one.items()}
+    return [name for name, same in is_same.items() if not same]
+
+
+def read_losses(output):
+    """(step, loss, grad_norm, lr) of the training lines."""
+    names = ("step", "loss", "grad_norm", "lr")
+    return [tuple(line[name] for name in names) for line in read_metrics(output) if "lr" in line]
+
+
+def assert_same_end(output, straight, step=4):
+    assert not differences(*(read_checkpoint(folder / f"checkpoint-{step}") for folder in (output, straight)))
+    assert read_losses(output) == read_losses(straight)
+    for part in ("unet", "unet_online"):
+        assert not differences(*(load_file(next((run / part).glob("*.safetensors"))) for run in (output, straight)))
+
+
+# -------------------------------------------------------------------------------------------------------- variants
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "flags"),
+    [
+        ({}, ["--loss_type", "huber", "--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"]),
+        ({"prediction_type": "v_prediction"}, ["--loss_type", "huber", "--no-cast_teacher_unet"]),
+        ({"prediction_type": "sample"}, ["--mixed_precision", "bf16", "--random_flip", "--center_crop"]),
+        ({"time_cond_proj_dim": 32}, ["--proportion_empty_prompts", "0.5", "--vae_encode_batch_size", "1"]),
+    ],
+)
+def test_variants(train, tmp_path, pipeline, flags):
+    teacher = make_pipeline(tmp_path, **pipeline)
+    output = train(tmp_path / "run", *flags, teacher=teacher)
+    losses = read_losses(output)
+    assert [step for step, *_ in losses] == [1, 2, 3, 4]
+    assert all(0 < loss < 100 and 0 < norm < 1e4 for _, loss, norm, _ in losses)
+    before, student, target = (load_file(next(Path(folder).glob("*.safetensors")))
+                               for folder in (f"{teacher}/unet", output / "unet_online", output / "unet"))  # fmt: skip
+    moved, moved_less = (
+        sum((net[name] - before[name]).abs().sum() for name in before if name in net) for net in (student, target)
+    )
+    assert 0 < moved_less < moved
+    projection = student["time_embedding.cond_proj.weight"]
+    assert projection.shape[1] == pipeline.get("time_cond_proj_dim", 256) and projection.any()
+    for part in ("vae", "text_encoder"):  # unrounded, whatever the precision of the training
+        assert not differences(*(load_file(next(Path(run, part).glob("*.safetensors"))) for run in (teacher, output)))
+
+
+def test_gradient_checkpointing_changes_nothing(train, straight, tmp_path):
+    output = train(tmp_path, "--gradient_checkpointing")
+    torch.testing.assert_close(read_losses(output), read_losses(straight), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("weight", "sizes"), [("0", {2}), ("3", {2, 4})])
+def test_no_unconditional_pass_without_guidance(lcm, train, tmp_path, monkeypatch, weight, sizes):
+    seen, plain = set(), lcm.Denoiser.__call__
+    monkeypatch.setattr(lcm.Denoiser, "__call__", lambda net, x, *args: (seen.add(len(x)), plain(net, x, *args))[1])
+    train(tmp_path, "--w_min", weight, "--w_max", weight)
+    assert seen == sizes
+
+
+def test_epochs_give_the_steps(lcm, tiny, shards, tmp_path):
+    arguments = tiny_args(tiny, shards, tmp_path, "--num_train_epochs", "2", "--train_batch_size", "6")
+    del arguments[(at := arguments.index("--max_train_steps")) : at + 2]
+    run_main(lcm, arguments)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]  # 21 samples, twice
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [("linear", [0.5, 1, 0.5, 0]), ("constant_with_warmup", [0.5, 1, 1, 1]), ("constant", [1, 1, 1, 1])],
+)
+def test_learning_rates(train, tmp_path, schedule, factors):
+    output = train(tmp_path, "--scale_lr", "--gradient_accumulation_steps", "3", "--learning_rate", "1e-4",
+                   "--lr_scheduler", schedule, "--lr_warmup_steps", "2")  # fmt: skip
+    assert [lr for *_, lr in read_losses(output)] == pytest.approx([6e-4 * factor for factor in factors])
+
+
+# ---------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize(
+    ("flags", "before"),
+    [
+        ([], []),
+        (["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1"], []),
+        # 24 samples of 21: into the second epoch; validation on one side of the interruption only
+        (["--train_batch_size", "6", "--dataloader_num_workers", "3", "--shuffle_buffer_size", "3", "--random_flip",
+          "--proportion_empty_prompts", "0.5"], ["--validation_steps", "1", *QUICK_VALIDATION]),
+        (["--use_8bit_adam", "--train_batch_size", "1"], []),
+        (["--gradient_checkpointing", "--gradient_accumulation_steps", "2", "--loss_type", "huber"], []),
+    ],
+    ids=["float32", "bf16, one worker, accumulation", "three workers, validation", "8-bit Adam", "checkpointing"],
+)  # fmt: skip
+def test_resume_is_exact(train, tmp_path, flags, before):
+    whole = train(tmp_path / "whole", *flags)
+    train(tmp_path / "parts", *flags, "--max_train_steps", "2", *before)
+    parts = train(tmp_path / "parts", *flags, "--resume_from_checkpoint", "latest")
+    for run in (whole, parts):  # the first half of the other run had pictures to draw
+        (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in read_metrics(run) if "lr" in m))
+    assert_same_end(parts, whole)
+    tensors = [value for value in read_checkpoint(whole / "checkpoint-4").values() if torch.is_tensor(value)]
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors) == ("--use_8bit_adam" in flags)
+
+
+def test_resume_inside_a_schedule_and_between_two_logs(train, tmp_path):
+    flags = ["--lr_scheduler", "linear", "--lr_warmup_steps", "1", "--logging_steps", "3"]
+    whole = train(tmp_path / "whole", *flags)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
+    parts = train(tmp_path / "parts", *flags, "--resume_from_checkpoint", "checkpoint-2")
+    assert_same_end(parts, whole)
+
+
+def test_resume_forgets_what_came_after_the_checkpoint(train, straight, tmp_path):
+    output = shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(output / "checkpoint-4")
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    assert_same_end(train(output, "--resume_from_checkpoint", "latest"), straight)
+
+
+def test_older_checkpoint_by_name_outlives_the_newer(train, straight, tmp_path):
+    output = shutil.copytree(straight, tmp_path / "run")
+    flags = ["--max_train_steps", "3", "--checkpoints_total_limit", "1"]
+    train(output, *flags, "--resume_from_checkpoint", "checkpoint-2")
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+PROBE = """
+import hashlib, pathlib, sys
+sys.path.insert(0, {root!r})
+import {stem} as script
+
+def train(run, plain=script.train):
+    plain(run)
+    tensors = [*run.models.student.state_dict().values(), *run.models.target.state_dict().values()]
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+    rank = run.accelerator.process_index
+    pathlib.Path(f"{{run.args.output_dir}}-rank{{rank}}").write_text(f"{{digest}} {{run.reader.cursors}}")
+
+script.train = train
+script.main()
+"""
+
+
+def test_two_processes(tiny, shards, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE.format(root=str(ROOT), stem=SCRIPT.stem))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = ["--checkpointing_steps", "2", "--gradient_accumulation_steps", "2"]
+    result = run_script(tiny_args(tiny, shards, whole, *flags), processes=2, script=probe)
+    assert result.returncode == 0, result.stderr
+    shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", parts)
+    resumed = tiny_args(tiny, shards, parts, *flags, "--resume_from_checkpoint", "latest")
+    result = run_script(resumed, processes=2, script=probe)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(parts, whole)
+    ends = [[Path(f"{run}-rank{rank}").read_text().split(" ", 1) for rank in (0, 1)] for run in (whole, parts)]
+    assert ends[0] == ends[1]
+    (weights, cursors), (other_weights, other_cursors) = ends[0]
+    assert weights == other_weights and cursors != other_cursors
+    assert [line["step"] for line in read_metrics(whole)] == [1, 2, 3, 4]
+    assert {path.name for path in whole.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint-2", "checkpoint-4",
+        "README.md", "model_index.json", "unet", "unet_online", "vae", "text_encoder", "tokenizer",
+        "scheduler"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_ends_the_run_with_a_checkpoint(train, straight, tmp_path, on_call, number, status):
+    on_call("train_step", 3, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path, "--checkpointing_steps", "100")
+    assert end.value.code == status
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-3"]
+    assert not (tmp_path / "model_index.json").exists()
+    assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_to_all_processes(tiny, shards, tmp_path, number, status):
+    """As Ctrl-C, `timeout` and batch systems send it: to the loader's workers too."""
+    flags = ["--max_train_steps", "100000", "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2"]
+    command = [sys.executable, str(SCRIPT), *tiny_args(tiny, shards, tmp_path / "run", *flags)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen(command, stderr=log, start_new_session=True, env=environment)
+        while process.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        code = process.wait(60)
+        log.seek(0)
+        text = log.read()
+    assert code == status and "Traceback" not in text, text[-3000:]
+    steps = len(read_metrics(tmp_path / "run"))
+    assert (tmp_path / "run" / f"checkpoint-{steps}" / "state.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("train_step", 2), ("train_step", 4), ("save_file", 4), ("list_checkpoints", 3), ("export", 1)],
+    ids=["before any checkpoint", "in a step", "in a checkpoint", "after a checkpoint", "before the export"],
+)
+def test_kill_9_and_resume(train, straight, tmp_path, on_call, name, number):
+    def run_and_die():
+        on_call(name, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        train(tmp_path)
+
+    child = multiprocessing.get_context("fork").Process(target=run_and_die)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert (tmp_path / "tmp-checkpoint-4").exists() == (name == "save_file")
+    assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
+    assert not (tmp_path / "tmp-checkpoint-4").exists()
+
+
+def test_half_checkpoints_are_ignored(lcm, straight, tmp_path):
+    for name in ("checkpoint-2", "checkpoint-10"):
+        shutil.copytree(straight / "checkpoint-4", tmp_path / name)
+    shutil.copytree(straight / "checkpoint-4", tmp_path / "tmp-checkpoint-12")
+    shutil.copytree(straight / "checkpoint-4", tmp_path / "checkpoint-best")
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-13").touch()
+    assert [path.name for path in lcm.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+
+
+def test_checkpoint_limit_and_a_full_disk(train, straight, tmp_path, on_call):
+    limited = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    on_call("save_file", 6, fail)  # the target of checkpoint-3
+    with pytest.raises((OSError, SystemExit)):
+        train(tmp_path, *limited)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert_same_end(train(tmp_path, *limited, "--resume_from_checkpoint", "latest"), straight)
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("file", ["student.safetensors", "optimizer.pt", "state.json"])
+def test_damaged_checkpoint_is_named(train, straight, tmp_path, file):
+    shutil.copytree(straight / "checkpoint-4", tmp_path / "checkpoint-4")
+    with open(tmp_path / "checkpoint-4" / file, "r+b") as damaged:
+        damaged.truncate(100)
+    with pytest.raises(SystemExit, match="^error: .*checkpoint") as end:
+        train(tmp_path, "--resume_from_checkpoint", "latest")
+    assert "\n" not in end.value.code
+
+
+@pytest.fixture
+def spoil_losses(lcm, monkeypatch):
+    """spoil_losses(calls, gradient_only): makes the losses of these calls (1, 2, …), or their gradients alone, nan."""
+
+    def patch(calls, gradient_only=False):
+        plain, count = lcm.distillation_loss, []
+
+        def wrapper(*args, **kwargs):
+            loss = plain(*args, **kwargs)
+            count.append(1)
+            if len(count) not in calls:
+                return loss
+            return loss + 0 * (loss - loss.detach()).abs().sqrt() if gradient_only else loss * float("nan")
+
+        monkeypatch.setattr(lcm, "distillation_loss", wrapper)
+
+    return patch
+
+
+@pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
+@pytest.mark.parametrize("flags", [[], ["--use_8bit_adam"], ["--gradient_accumulation_steps", "2"]])
+def test_step_that_is_not_finite_is_skipped(train, tmp_path, spoil_losses, flags, gradient_only):
+    spoil_losses([5 if "2" in flags else 3], gradient_only)
+    output = train(tmp_path, *flags, "--checkpointing_steps", "1")
+    good, skipped, after = (read_checkpoint(output / f"checkpoint-{step}") for step in (2, 3, 4))
+    changed = {name.split("/")[1] for name in differences(good, skipped)}
+    assert changed == {"target", "state"}  # the target goes on towards the student
+    assert all(value.isfinite().all() for value in after.values() if torch.is_tensor(value))
+    assert {name.split("/")[1] for name in differences(skipped, after)} == {"student", "target", "optimizer", "state"}
+    assert [line["nonfinite_steps"] for line in read_metrics(output)] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
+def test_ten_steps_in_a_row_that_are_not_finite(train, tmp_path, spoil_losses, gradient_only):
+    spoil_losses([2, *range(4, 100)], gradient_only)
+    with pytest.raises(SystemExit, match="^error: ten steps in a row .*; try .*--learning_rate"):
+        train(tmp_path, "--max_train_steps", "30")
+    assert len(read_metrics(tmp_path)) in (12, 13)
+
+
+# ---------------------------------------------------------------------------------- export, validation and secrets
+
+SECRETS = ("hf_secret123", "secret456", "secret789", "secret012")
+
+
+@pytest.fixture(scope="module")
+def showcase(train, tiny, shards, tmp_path_factory):
+    """(output, its log) of a run with validation, trackers, tokens and a teacher that has a model card."""
+    folder = tmp_path_factory.mktemp("showcase")
+    teacher = shutil.copytree(tiny, folder / "teacher")
+    (teacher / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    (folder / "animals.txt").write_text("a fox\n\na cat\n")
+    (folder / "plants.txt").write_text("a rose\n")
+    pipe = f"pipe:cat {shards} # 'Authorization: Bearer secret456' https://me:secret789@host/x?token=secret012"
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        output = train(folder / "run", "--validation_steps", "2", "--validation_prompts", str(folder / "animals.txt"),
+                       str(folder / "plants.txt"), "a fir", "--validation_num_inference_steps", "1", "2",
+                       "--num_validation_images", "2", "--report_to", "tensorboard", "--hub_token", "hf_secret123",
+                       teacher=str(teacher), shards=pipe)  # fmt: skip
+    return output, log.getvalue()
+
+
+def test_exported_pipeline(showcase):
+    from diffusers import DiffusionPipeline
+
+    output, _ = showcase
+    pipe = DiffusionPipeline.from_pretrained(output)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a fox", num_inference_steps=4, guidance_scale=8.0).images[0]
+    assert image.size == (16, 16)
+    assert type(pipe.scheduler).__name__ == "LCMScheduler"
+    config = pipe.scheduler.config
+    assert (config.original_inference_steps, config.timestep_scaling) == (10, 9)
+    assert (config.beta_start, config.prediction_type, config.steps_offset) == (0.00085, "epsilon", 1)
+    assert pipe.unet.config.time_cond_proj_dim == 256
+    for part, name in (("unet", "target"), ("unet_online", "student")):
+        exported = load_file(output / part / "diffusion_pytorch_model.safetensors")
+        assert not differences(exported, load_file(output / "checkpoint-4" / f"{name}.safetensors"))
+
+
+def test_model_card(showcase):
+    output, _ = showcase
+    card = (output / "README.md").read_text()
+    assert "license: creativeml-openrail-m\n" in card and f"base_model: {output.parent / 'teacher'}\n" in card
+    assert "(samples.png)" in card and Image.open(output / "samples.png").size[0] > 300
+    assert '"timestep_scaling_factor": 9.0' in card
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)  # the very code that users copy
+    assert names["image"].size == (16, 16) and names["prompt"] == "a fox"
+
+
+def test_no_secret_is_written(showcase):
+    output, log = showcase
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for secret in SECRETS:
+        assert secret not in log
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_validation_metrics(showcase):
+    lines = [line for line in read_metrics(showcase[0]) if "lr" not in line]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    for line in lines:
+        parts = itertools.product(("teacher", "untrained", "student", "target"), ("psnr", "sharpness"), ("k1", "k2"),
+                                  ("", "/animals", "/plants"))  # fmt: skip
+        assert line.keys() == {"step", *(f"fidelity/{net}_{figure}_{k}{group}" for net, figure, k, group in parts)}
+    start, *_, end = lines
+    for key, value in start.items():
+        if "untrained" in key:
+            assert value == end[key]  # what does not change is drawn once, and from the same noise
+            for network in ("student", "target"):
+                assert start[key.replace("untrained", network)] == pytest.approx(value, abs=1e-3)
+                assert end[key.replace("untrained", network)] != value
+    assert start["fidelity/teacher_psnr_k2"] != start["fidelity/untrained_psnr_k2"]
+
+
+def test_validation_does_not_touch_training(showcase, straight):
+    output, _ = showcase
+    assert read_losses(output) == read_losses(straight)
+    one, two = (read_checkpoint(run / "checkpoint-4") for run in (output, straight))
+    assert not differences(one, two)
+
+
+def test_trackers(showcase, straight):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output, log = showcase
+    pictures = {step: Image.open(output / "validation" / f"step-{step}.png") for step in (0, 2, 4)}
+    assert all(picture.size == pictures[0].size for picture in pictures.values())
+    assert pictures[0].tobytes() != pictures[4].tobytes()
+    (events,) = (output / "logs").glob("*/events*")
+    logged = EventAccumulator(str(events), {"images": 0, "scalars": 0}).Reload()
+    assert [(image.step, image.width, image.height) for image in logged.Images("validation")] == [
+        (step, *picture.size) for step, picture in pictures.items()
+    ]
+    losses = [loss for _, loss, *_ in read_losses(output)]
+    assert [loss.value for loss in logged.Scalars("loss")] == pytest.approx(losses)
+    assert len(logged.Scalars("fidelity/student_psnr_k2/plants")) == 3
+    assert "PSNR in dB" in log and "animals" in log
+    assert not (straight / "logs").exists()  # --report_to none
+
+
+def test_push_to_hub(lcm, train, tmp_path, monkeypatch):
+    calls = []
+    created = type("Repo", (), {"repo_id": "me/model"})
+    monkeypatch.setattr(lcm, "create_repo", lambda name, **kwargs: calls.append((name, kwargs)) or created)
+    monkeypatch.setattr(lcm, "upload_folder", lambda **kwargs: calls.append(("upload", kwargs)))
+    output = train(tmp_path / "model", "--push_to_hub", "--hub_token", "hf_secret123", "--max_train_steps", "1")
+    (name, created_with), (_, upload) = calls
+    assert name == "model" and created_with["token"] == upload["token"] == "hf_secret123"
+    paths = [path for pattern in upload["allow_patterns"] for path in output.glob(pattern)]
+    uploaded = {path.relative_to(output).as_posix() for path in paths}
+    assert {"README.md", "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"} <= uploaded
+    assert not [path for path in uploaded if "checkpoint" in path or path in ("args.json", "metrics.jsonl")]
+
+
+# ----------------------------------------------------------------------------------------------------------- flags
+
+
+def flags_of_the_script():
+    """Names of all flags, from the calls add("--flag", …), and the attributes of `args` that anything else reads."""
+    tree = ast.parse(SCRIPT.read_text())
+    tree.body = [node for node in tree.body if getattr(node, "name", "") != "parse_args"]
+    nodes = list(ast.walk(tree))
+    calls = [node.args[0].value for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "add"]
+    reads = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+             and "args" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}  # fmt: skip
+    return [flag.removeprefix("--") for flag in calls], reads
+
+
+def test_every_flag_is_read():
+    flags, reads = flags_of_the_script()
+    assert len(flags) > 60 and len(flags) == len(set(flags))
+    assert not set(flags) - reads, "flags that nothing reads"
+    assert not reads - set(flags), "reads of what is no flag"
+
+
+def test_help_shows_every_flag_and_its_default(lcm, capsys):
+    with pytest.raises(SystemExit) as end:
+        lcm.parse_args(["--help"])
+    assert end.value.code == 0
+    entries = {entry.split()[0].strip(","): entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
+    for flag in flags_of_the_script()[0]:
+        assert "(default: " in " ".join(entries[f"--{flag}"].split()), flag
+    assert "(default: 8e-06)" in entries["--learning_rate"]
+
+
+def test_arguments_from_a_file(lcm, tmp_path):
+    (tmp_path / "run.args").write_text(
+        "# a comment\n--pretrained_teacher_model me/model  # another\n"
+        "--train_shards_path_or_url 'a b.tar' c.tar\n\n--w_min 2 --w_max=3\n--validation_prompts 'a red fox' \"it's\"\n"
+    )
+    args = lcm.parse_args([f"@{tmp_path / 'run.args'}", "--w_max", "4"])
+    assert (args.pretrained_teacher_model, args.train_shards_path_or_url) == ("me/model", ["a b.tar", "c.tar"])
+    assert (args.w_min, args.w_max, args.validation_guidance_scale) == (2, 4, 4)
+    assert args.validation_prompts == ["a red fox", "it's"]
+
+
+# ------------------------------------------------------------------------------------------------ errors at the start
+
+
+def edited(tiny, folder, file, **changes):
+    """A copy of the tiny pipeline with changes to one of its JSON files; None removes an entry."""
+    folder = shutil.copytree(tiny, folder / "edited")
+    config = {**json.loads((folder / file).read_text()), **changes}
+    (folder / file).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("unet/config.json", {"in_channels": 9}, "9.*in-painting"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline",
+                              "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+         "SDXL pipeline; use train_lcm_distill_lora_sdxl_wds.py"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None],
+                              "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, "SDXL refiner"),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline", "unet": None,
+                              "transformer": ["diffusers", "SD3Transformer2DModel"]}, "StableDiffusion3Pipeline"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction type 'flow'"),
+        ("vae/config.json", {"latent_channels": 16}, ""),
+        ("model_index.json", {"_class_name": None}, ""),
+    ],
+)  # fmt: skip
+def test_teacher_of_another_kind(train, tiny, tmp_path, file, changes, message):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as end:
+        train(tmp_path / "run", teacher=str(edited(tiny, tmp_path, file, **changes)))
+    assert "\n" not in end.value.code
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pretrained_teacher_model", "no/such-model"], "--pretrained_teacher_model no/such-model"),
+        (["--pretrained_vae_model_name_or_path", "no/such-vae"], "VAE"),
+        (["--num_ddim_timesteps", "2000"], "--num_ddim_timesteps 2000 must lie in 1 … 1000"),
+        (["--resolution", "17"], "--resolution 17 must be a multiple of .* 2"),
+        (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
+        (["--enable_xformers_memory_efficient_attention"], "--enable_xformers_memory_efficient_attention needs a GPU"),
+        (["--resume_from_checkpoint", "checkpoint-7"], "--resume_from_checkpoint checkpoint-7"),
+        (["--resume_from_checkpoint", "."], "--resume_from_checkpoint"),
+        (["--validation_prompts", "gone.txt"], "--validation_prompts: gone.txt"),
+        (["--train_shards_path_or_url", "gone.tar"], "gone.tar"),
+        (["--report_to", "wandb"], "wandb"),
+    ],
+)
+def test_flags_that_cannot_work(train, tmp_path, flags, message):
+    if flags[0] in ("--mixed_precision", "--enable_xformers_memory_efficient_attention") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as end:
+        train(tmp_path, *flags)
+    assert "\n" not in end.value.code
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_ddim_timesteps", "0"], "--num_ddim_timesteps"),
+        (["--w_min", "3", "--w_max", "2"], "--w_min 3.0 is above --w_max 2.0"),
+        (["--ema_decay", "1.5"], "--ema_decay"),
+        (["--validation_num_inference_steps", "11"], "--validation_num_inference_steps"),
+        (["--validation_step", "3"], "--validation_step"),
+    ],
+)
+def test_flags_that_argparse_refuses(lcm, capsys, flags, message):
+    with pytest.raises(SystemExit) as end:
+        lcm.parse_args(tiny_args("teacher", "a.tar", "out", *flags))
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_output_folder_that_cannot_be_used(train, straight, tmp_path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SystemExit, match="^error: --output_dir .* cannot be written"):
+            train(output)
+    with pytest.raises(SystemExit, match="^error: --output_dir .* holds checkpoints.*--resume_from_checkpoint latest"):
+        train(straight)
+
+
+def test_resume_in_a_fresh_folder_starts_afresh(train, straight, tmp_path):
+    assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
+
+
+def test_the_script_alone(tiny, shards, tmp_path):
+    shutil.copy(SCRIPT, tmp_path / "alone.py")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for more, code in ((["--num_ddim_timesteps", "2000"], 1), ([], 0)):
+        command = [sys.executable, "-I", "alone.py", *tiny_args(tiny, shards, "run", *more)]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
+        assert code == 0 or result.stderr.splitlines()[-1].startswith("error: --num_ddim_timesteps 2000")
+    assert (tmp_path / "run" / "model_index.json").is_file()
