@@ -19,10 +19,14 @@ lint: .venv/installed
 	$(PYTHON) tools/copies.py
 
 demo: .venv/installed
-	$(PYTHON) demo/run.py
+	rm -rf demo/output
+	$(PYTHON) train_lcm_distill_sd_wds.py @demo/lcm.args
+	cp demo/output/samples.png demo/output/comparison.png
 
 demo-long: .venv/installed
-	$(PYTHON) demo/run.py --long
+	rm -rf demo/output-long
+	$(PYTHON) train_lcm_distill_sd_wds.py @demo/lcm-long.args
+	cp demo/output-long/samples.png demo/output-long/comparison.png
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache demo/output*

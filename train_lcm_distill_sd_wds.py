@@ -286,7 +286,7 @@ def read_shard(url, timeout, tries=3):
     """
 
     def is_wanted(name):
-        return name.rsplit(".", 1)[-1].lower() in MEMBERS
+        return name.rsplit(".", 1)[-1].lower() in MEMBERS and not name.rsplit("/", 1)[-1].startswith(".")
 
     def note_duplicate(error):
         faults.append({"__key__": url, "__fault__": BadSample("duplicate member", str(error.args[0]))})
@@ -458,9 +458,9 @@ class ShardStream(torch.utils.data.IterableDataset):
                     recent.append(bad.args[0])
                     faults = sum(reason in FAULTS for reason in recent)
                     if len(recent) == 1000 and (faults > 1000 * self.args.max_bad_samples or None not in recent):
-                        raise BadSample("too few of the last 1,000 samples are usable") from bad
+                        raise BadSample("too few of the last 1,000 samples are usable", recent) from bad
             item, start = item + self.state["stride"], 0
-        raise BadSample("a whole epoch gave no usable sample")
+        raise BadSample("a whole epoch gave no usable sample", recent)
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
@@ -472,11 +472,13 @@ class ShardStream(torch.utils.data.IterableDataset):
                 if len(batch) == self.args.train_batch_size:
                     pixels, captions = zip(*batch, strict=True)
                     yield {"pixel_values": torch.stack(pixels), "captions": list(captions), "worker": worker,
-                           "cursor": cursor, "skipped": self.skipped, "details": self.details}  # fmt: skip
+                           "cursor": cursor, "skipped": dict(self.skipped), "details": self.details}  # fmt: skip
                     batch, self.skipped, self.details = [], Counter(), {}
         except BadSample as bad:  # as an exception it would reach the user as a worker's traceback
-            reasons = "; ".join(f"{count} × {reason}, {self.details[reason]}" for reason, count in self.skipped.items())
-            yield {"error": f"{bad.args[0]} (filters? --max_bad_samples?): {reasons or 'the shards are empty'}"}
+            message, recent = bad.args
+            reasons = "; ".join(f"{count} × {reason}" for reason, count in Counter(filter(None, recent)).most_common())
+            example = next(iter(self.details.values()), "")
+            yield {"error": f"{message} (filters? --max_bad_samples?): {reasons or 'the shards are empty'}; {example}"}
 
 
 def stream_item(state, index):
@@ -508,6 +510,12 @@ def resume_stream(state, stride):
     return {"leftover": leftover, "next": start, "stride": stride, "cursors": cursors, "turn": 0}
 
 
+def ignore_signals(_worker):
+    """Leaves SIGTERM and SIGINT, which reach a whole process group, to the trainer: it needs its loader workers yet."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class BatchReader:
     """Hands out the batches of a rank's ShardStream and keeps the cursor of each worker's last batch that was used."""
 
@@ -517,7 +525,7 @@ class BatchReader:
         first, workers = stream.rank * stream.num_workers, stream.args.dataloader_num_workers
         self.cursors = [list(cursor) for cursor in stream.state["cursors"][first : first + stream.num_workers]]
         self.batches = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers,
-                                                        pin_memory=device.type == "cuda",
+                                                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
                                                         prefetch_factor=4 if workers else None))  # fmt: skip
 
     def next_batch(self):
@@ -885,10 +893,12 @@ def save_checkpoint(run):
     """
     args, accelerator, reader = run.args, run.accelerator, run.reader
     cursors = accelerator.gather(torch.tensor(reader.cursors, device=accelerator.device)).tolist()
+    meters = accelerator.gather(run.meter[None]).tolist()
     skipped = reduce_skipped(run)
     if accelerator.is_main_process:
         final, temporary = (Path(args.output_dir, f"{name}-{run.step}") for name in ("checkpoint", "tmp-checkpoint"))
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in Path(args.output_dir).glob("tmp-checkpoint-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         temporary.mkdir()
         for name in ("student", "target"):
             tensors = {key: value.contiguous() for key, value in getattr(run.models, name).state_dict().items()}
@@ -897,7 +907,7 @@ def save_checkpoint(run):
         stream = {**reader.stream.state, "cursors": cursors, "turn": reader.turn}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         state = {"step": run.step, "args": public_args(args), "lr_scheduler": run.lr_scheduler.state_dict(),
-                 "scaler": scaler, "stream": stream, "meter": run.meter.tolist(), "skipped": skipped}  # fmt: skip
+                 "scaler": scaler, "stream": stream, "meters": meters, "skipped": skipped}  # fmt: skip
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):  # on the disk before the name says that it is whole
             descriptor = os.open(path, os.O_RDONLY)
@@ -906,7 +916,8 @@ def save_checkpoint(run):
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         whole = list_checkpoints(args.output_dir)
-        for old in whole[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
+        kept = whole[: whole.index(final) + 1]  # after it: of a run that was abandoned by resuming from an earlier one
+        for old in {*whole} - {*kept[-(args.checkpoints_total_limit or len(kept)) :]}:
             shutil.rmtree(old)
         logger.info("Saved %s", final)
     accelerator.wait_for_everyone()
@@ -946,17 +957,22 @@ def load_checkpoint(run, path, state):
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.step = state["step"]
-    run.meter.copy_(torch.tensor(state["meter"]))
-    metrics = Path(run.args.output_dir, "metrics.jsonl")
-    if run.accelerator.is_main_process:
+    run.step, rank = state["step"], run.accelerator.process_index
+    if len(state["meters"]) == run.accelerator.num_processes:
+        run.meter.copy_(torch.tensor(state["meters"][rank]))
+    if rank == 0:
         run.reader.skipped.update(state["skipped"])
-        if metrics.is_file():  # forget what was logged after the checkpoint
-            lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.step]
-            metrics.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
-            metrics.with_suffix(".tmp").rename(metrics)
     logger.info("Resumed from %s", path)
+
+
+def trim_metrics(run):
+    """Forgets the lines of metrics.jsonl that a run which did not come to its next checkpoint wrote after this step."""
+    path = Path(run.args.output_dir, "metrics.jsonl")
+    if run.accelerator.is_main_process and path.is_file():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line + "\n" for line in lines if run.step and json.loads(line)["step"] <= run.step]
+        path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
+        path.with_suffix(".tmp").rename(path)
 
 
 def export(run):
@@ -980,8 +996,8 @@ def model_card(args, has_samples):
     """The README.md of the exported model: usage, samples, arguments, base model and its licence."""
     base = args.pretrained_teacher_model
     try:
-        card = Path(base, "README.md")
-        card = ModelCard.load(card if card.is_file() else base, ignore_metadata_errors=True)
+        card = Path(base, "README.md") if os.path.isdir(base) else base
+        card = ModelCard.load(card, ignore_metadata_errors=True)
         licence = card.data.license or "unknown"
     except Exception:  # no card, or no network: the licence is then for the reader to look up
         licence = "unknown"
@@ -1183,7 +1199,8 @@ def write_metrics(run, metrics):
     """Appends a line to metrics.jsonl and sends it to the trackers. Called on the main process."""
     with open(Path(run.args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": run.step, **metrics}) + "\n")
-    run.accelerator.log({key: value for key, value in metrics.items() if key != "skipped"}, step=run.step)
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+    run.accelerator.log(numbers, step=run.step)
 
 
 def reduce_skipped(run):
@@ -1200,24 +1217,25 @@ def log_metrics(run, clock, progress):
     Ends the run, on all ranks, if ten steps in a row had no finite loss.
     """
     args, accelerator = run.args, run.accelerator
-    meter = dict(zip(METER, accelerator.reduce(run.meter.clone(), "mean").tolist(), strict=True))
-    if meter["longest_in_a_row"] >= 10 / accelerator.num_processes:  # the mean over the ranks
+    meters = accelerator.gather(run.meter[None]).cpu()
+    meter = dict(zip(METER, [*meters[:, :3].mean(0).tolist(), *meters[:, 3:].amax(0).tolist()], strict=True))
+    if meter["longest_in_a_row"] >= 10:
         fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, a lower --learning_rate, and a VAE "
              "that does not overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
     seconds = time.perf_counter() - clock["time"]
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else memory
-    steps = max(1.0, meter["steps"])
-    metrics = {"loss": meter["loss"] / steps, "grad_norm": meter["grad_norm"] / steps,
+    loss, grad_norm = (meter[name] / meter["steps"] if meter["steps"] else None for name in ("loss", "grad_norm"))
+    metrics = {"loss": loss, "grad_norm": grad_norm,
                "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": batch * (run.step - clock["step"]) / seconds,
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
                "nonfinite_steps": round(meter["nonfinite_steps"]), "skipped": reduce_skipped(run)}  # fmt: skip
-    run.meter[:3] = 0
+    run.meter[:3], run.meter[5] = 0, run.meter[4]
     run.reader.waited, clock["time"], clock["step"] = 0.0, time.perf_counter(), run.step
     if accelerator.is_main_process:
         write_metrics(run, metrics)
-        progress.set_postfix_str(f"loss {metrics['loss']:.4g}, {metrics['samples_per_s']:.3g} images/s")
+        progress.set_postfix_str(f"loss {loss or math.nan:.4g}, {metrics['samples_per_s']:.3g} images/s")
 
 
 # -------------------------------------------------------------------------------------------------- training loop
@@ -1250,7 +1268,7 @@ def train_step(run):
                 grad_norm = accelerator.clip_grad_norm_(models.student.parameters(), args.max_grad_norm)
                 optimizer_step(run, grad_norm)
     torch._foreach_lerp_(list(models.target.parameters()), list(models.student.parameters()), 1 - args.ema_decay)
-    update_meter(run.meter, loss_sum, grad_norm)
+    update_meter(run.meter, loss_sum, grad_norm, accelerator.scaler is not None)
 
 
 def optimizer_step(run, grad_norm):
@@ -1265,9 +1283,9 @@ def optimizer_step(run, grad_norm):
     run.lr_scheduler.step()
 
 
-def update_meter(meter, loss, grad_norm):
-    """Adds a step to the METER, on the device. An overflow that the fp16 scaler handles has a finite loss."""
-    good = torch.isfinite(loss)
+def update_meter(meter, loss, grad_norm, has_scaler):
+    """Adds a step to the METER, on the device. Infinite gradients are usual where the fp16 scaler handles them."""
+    good = torch.isfinite(loss) & (torch.isfinite(grad_norm) | has_scaler)
     meter[0] += torch.where(good, loss, 0)
     meter[1] += torch.where(torch.isfinite(grad_norm), grad_norm, 0)
     meter[2] += good
@@ -1375,6 +1393,7 @@ def start_run(args, accelerator):
     run = Run(args, accelerator, models, nets, optimizer, lr_scheduler, reader, uncond, meter)
     if checkpoint:
         load_checkpoint(run, checkpoint, state)
+    trim_metrics(run)
     return run
 
 
