@@ -68,8 +68,8 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 logger = logging.getLogger("train")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-INTERPOLATION = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
-INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST
+INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
+INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST  # which is exact in PIL
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
                    "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
@@ -179,11 +179,20 @@ def add_output_args(parser):
     add("--hub_token", help="token for the upload; never written to any file")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+
+
 def parse_args(argv=None):
     """Reads the command line and refuses what can be known to be wrong without opening a file."""
-    formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=44, width=120)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False,
-                                     fromfile_prefix_chars="@", epilog="@FILE: more arguments from FILE")  # fmt: skip
+    formatter = functools.partial(HelpFormatter, max_help_position=44, width=120)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@",
+        usage="%(prog)s --pretrained_teacher_model MODEL --train_shards_path_or_url SHARDS [flags] [@file-with-flags]",
+    )  # fmt: skip
     parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
     for add_group in (add_model_args, add_data_args, add_method_args, add_training_args, add_output_args):
         add_group(parser)

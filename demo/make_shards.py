@@ -1,8 +1,9 @@
 """Rebuild the demo's shards, ``demo/shards/emoji-{00000..00003}.tar``, byte for byte.
 
 About a thousand Noto emoji (64x64 pixels, composited on white) with captions such as "bell pepper, food vegetable", in
-the WebDataset layout of LAION-style sets: ``<key>.webp``, ``<key>.txt`` and ``<key>.json`` for every sample. Pictures
-and categories come from the npm package ``emoji-datasource-google``, the readable names from ``unicode-emoji-json``.
+the WebDataset layout of LAION-style sets: ``<key>.webp``, ``<key>.txt``, ``<key>.json`` for every sample, and
+``<key>.caption``, the category alone, so that a student also sees prompts that leave the picture open. Pictures and
+categories come from the npm package ``emoji-datasource-google``, the readable names from ``unicode-emoji-json``.
 
     python demo/make_shards.py           # fetches both packages with `npm pack`, writes demo/shards
     python demo/make_shards.py --check   # rebuilds in a temporary folder and compares with demo/shards/SHA256SUMS
@@ -96,7 +97,8 @@ def build_samples(datasource, names):
         facts = json.dumps(facts, ensure_ascii=False)
         key = emoji["image"].removesuffix(".png")
         caption = f"{name}, {subcategory}"
-        samples.append([(f"{key}.webp", picture), (f"{key}.txt", caption.encode()), (f"{key}.json", facts.encode())])
+        texts = [(f"{key}.caption", subcategory.encode()), (f"{key}.txt", caption.encode())]  # either, at random
+        samples.append([(f"{key}.webp", picture), *texts, (f"{key}.json", facts.encode())])
     return samples
 
 

@@ -7,7 +7,8 @@ to 16x16x4, UNet2DConditionModel, SD's noise schedule, epsilon prediction), in f
 
 1. The VAE: L1 + 0.5 MSE + 0.5 gradient-L1 + `--kl_weight` KL. Its latents are then centred and given equal spread by
    rewriting the 1x1 convolutions around them; `scaling_factor` = 1 / their standard deviation.
-2. Text encoder and U-Net together: epsilon prediction, min-SNR-5 weights (arXiv 2303.09556), latents cached.
+2. Text encoder and U-Net together: epsilon prediction, min-SNR weights (arXiv 2303.09556) with more on high
+   noise, latents cached.
 
 Both stages end after a given time, whatever the machine: the learning rate follows the elapsed fraction of the budget.
 Averaged weights (EMA) are saved. Stop at any time; the same command goes on from the checkpoint in `--work_dir`.
@@ -23,7 +24,9 @@ import os
 import shutil
 import tarfile
 import time
+from collections import Counter
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow every other job on the machine
@@ -35,7 +38,7 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 DEMO = Path(__file__).resolve().parent
@@ -97,15 +100,44 @@ def read_shards(folder):
     return torch.stack(images).float() / 127.5 - 1, captions
 
 
-def build_tokenizer(captions, vocab_size=1024):
+def learn_merges(words, count):
+    """The `count` most frequent pairs, one after another (byte-pair encoding); ties go by the alphabet.
+
+    `tokenizers.trainers.BpeTrainer` breaks ties by the order of a hash map, which differs from run to run: after a restart
+    the same word could have other ids.
+    """
+    words = {tuple(word[:-1]) + (word[-1] + "</w>",): number for word, number in words.items()}
+    merges = []
+    while len(merges) < count:
+        pairs = Counter()
+        for word, number in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += number
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # noqa: B023, called at once
+        words = {merge_pair(word, best): number for word, number in words.items()}
+        merges.append(best)
+    return merges
+
+
+def merge_pair(word, pair):
+    merged = []
+    for symbol in word:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return tuple(merged)
+
+
+def build_tokenizer(captions, num_merges=736):
     """CLIP's tokenizer with merges learnt from the captions; all bytes are tokens, so any prompt can be written."""
-    learner = Tokenizer.from_str(CLIPTokenizer().backend_tokenizer.to_str())
+    backend = CLIPTokenizer().backend_tokenizer
+    texts = [backend.normalizer.normalize_str(caption) for caption in captions]
+    words = Counter(word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+    merges = learn_merges(words, num_merges)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    learner.train_from_iterator(captions, trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     tokens = alphabet + [f"{byte}</w>" for byte in alphabet] + ["".join(pair) for pair in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -330,6 +362,8 @@ def save_pipeline(folder, *components):
     """Save in fp16 beside the old folder, then replace its files, so that a reader never waits long for a whole one."""
     fresh = folder.with_name(folder.name + ".new")
     build_pipeline(*components, dtype=torch.float16).save_pretrained(fresh)
+    config = fresh / "text_encoder" / "config.json"  # else transformers alone would load fp16, and diffusers fp32
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     shutil.copytree(fresh, folder, dirs_exist_ok=True)
     shutil.rmtree(fresh)
 
