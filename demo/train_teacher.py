@@ -17,7 +17,6 @@ Averaged weights (EMA) are saved. Stop at any time; the same command goes on fro
 import argparse
 import copy
 import io
-import json
 import logging
 import math
 import os
@@ -103,8 +102,8 @@ def read_shards(folder):
 def learn_merges(words, count):
     """The `count` most frequent pairs, one after another (byte-pair encoding); ties go by the alphabet.
 
-    `tokenizers.trainers.BpeTrainer` breaks ties by the order of a hash map, which differs from run to run: after a restart
-    the same word could have other ids.
+    `tokenizers.trainers.BpeTrainer` breaks ties by the order of a hash map, which differs from run to run: after a
+    restart the same word could have other ids.
     """
     words = {tuple(word[:-1]) + (word[-1] + "</w>",): number for word, number in words.items()}
     merges = []
