@@ -183,7 +183,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+        is_empty = action.default is None or action.default is False or action.default == ""
+        return action.help if is_empty else super()._get_help_string(action)
 
 
 def parse_args(argv=None):
@@ -519,9 +520,9 @@ def resume_stream(state, stride):
     return {"leftover": leftover, "next": start, "stride": stride, "cursors": cursors, "turn": 0}
 
 
-def ignore_signals(_worker):
-    """Leaves SIGTERM and SIGINT, which reach a whole process group, to the trainer: it needs its loader workers yet."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_signals(_worker):
+    """Keeps a loader worker alive when SIGTERM or SIGINT reach the process group: the trainer still needs its batch."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -533,12 +534,18 @@ class BatchReader:
         self.skipped, self.named = Counter(), set()  # by reason; reasons that the log has told
         first, workers = stream.rank * stream.num_workers, stream.args.dataloader_num_workers
         self.cursors = [list(cursor) for cursor in stream.state["cursors"][first : first + stream.num_workers]]
-        self.batches = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers,
-                                                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
-                                                        prefetch_factor=4 if workers else None))  # fmt: skip
+        options = {"pin_memory": device.type == "cuda", "prefetch_factor": 4 if workers else None}
+        self.loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers,
+                                                  worker_init_fn=outlive_signals, **options)  # fmt: skip
+        self.batches = None
+
+    def close(self):
+        self.batches = None  # which ends the workers
 
     def next_batch(self):
         start = time.perf_counter()
+        if self.batches is None:
+            self.batches = iter(self.loader)
         batch = next(self.batches)
         self.waited += time.perf_counter() - start
         if "error" in batch:
@@ -799,7 +806,10 @@ def load_frozen(args, dtype):
 def make_student(teacher, args):
     """Copies the teacher into a float32 student that embeds w. The new projection is zero: it starts as the teacher."""
     width = teacher.config.time_cond_proj_dim or args.unet_time_cond_proj_dim
-    student = UNet2DConditionModel.from_config({**teacher.config, "time_cond_proj_dim": width})
+    config = {
+        k: v for k, v in teacher.config.items() if k != "_use_default_values"
+    }  # from_config drops those named there
+    student = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": width})
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"time_embedding.cond_proj.weight"}, (missing, unexpected)
@@ -1416,7 +1426,10 @@ def main(argv=None):
         config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_args(args).items()}
         accelerator.init_trackers(args.tracker_project_name, config)
     handle_signals(run)
-    train(run)
+    try:
+        train(run)
+    finally:
+        run.reader.close()
     if accelerator.is_main_process:
         export(run)
     accelerator.end_training()

@@ -273,7 +273,11 @@ def test_signal_to_all_processes(tiny, shards, tmp_path, number, status):
         while process.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
             time.sleep(0.05)
         os.killpg(process.pid, number)
-        code = process.wait(60)
+        try:
+            code = process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         log.seek(0)
         text = log.read()
     assert code == status and "Traceback" not in text, text[-3000:]
@@ -517,8 +521,13 @@ def test_help_shows_every_flag_and_its_default(lcm, capsys):
         lcm.parse_args(["--help"])
     assert end.value.code == 0
     entries = {entry.split()[0].strip(","): entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
+    defaults = vars(lcm.parse_args(["--pretrained_teacher_model", "a", "--train_shards_path_or_url", "b"]))
+    worked_out = {"cast_teacher_unet", "mixed_precision", "validation_guidance_scale"}  # and said so in words
     for flag in flags_of_the_script()[0]:
-        assert "(default: " in " ".join(entries[f"--{flag}"].split()), flag
+        is_shown = type(defaults[flag]) in (int, float, list) or (defaults[flag] and type(defaults[flag]) is str)
+        if is_shown and flag not in (worked_out | {"pretrained_teacher_model", "train_shards_path_or_url"}):
+            assert "(default: " in " ".join(entries[f"--{flag}"].split()), flag
+        assert len(entries[f"--{flag}"].split()) > 3, flag
     assert "(default: 8e-06)" in entries["--learning_rate"]
 
 
@@ -542,6 +551,15 @@ def edited(tiny, folder, file, **changes):
     config = {**json.loads((folder / file).read_text()), **changes}
     (folder / file).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     return folder
+
+
+def test_teacher_with_a_short_configuration(train, tiny, tmp_path):
+    """As that of Stable Diffusion 1.5, written by diffusers 0.6: what it leaves out has the default of the class."""
+    later = ("time_cond_proj_dim", "class_embeddings_concat", "projection_class_embeddings_input_dim", "dropout")
+    teacher = edited(tiny, tmp_path, "unet/config.json", **dict.fromkeys(later))
+    output = train(tmp_path / "run", teacher=str(teacher))
+    assert json.loads((output / "unet" / "config.json").read_text())["time_cond_proj_dim"] == 256
+    assert "time_embedding.cond_proj.weight" in load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.parametrize(
