@@ -133,11 +133,14 @@ def test_the_seed_decides_order_and_crops_and_every_epoch_has_its_own(lcm, urls)
         assert sum(pixels[0][caption] != pixels[1][caption] for caption in numbers()) > COUNT // 2  # 1 in 5 by chance
 
 
-def test_shards_are_permuted_anew_in_every_epoch(lcm, tmp_path):
+def test_shards_are_permuted_and_their_samples_cropped_anew_in_every_epoch(lcm, tmp_path):
     urls = lcm.expand_shards([make_shards(tmp_path, [1] * 8)])
     fleet = Fleet(lcm, urls, 1, 0, "--train_batch_size", 8)
-    orders = [tuple(fleet.step()[0]["captions"]) for _ in range(5)]
-    assert len({*orders, tuple(numbers(8))}) == 6
+    epochs = [fleet.step()[0] for _ in range(5)]
+    assert len({*(tuple(epoch["captions"]) for epoch in epochs), tuple(numbers(8))}) == 6
+    views = {(caption, pixels.numpy().tobytes()) for epoch in epochs
+             for caption, pixels in zip(epoch["captions"], epoch["pixel_values"], strict=True)}  # fmt: skip
+    assert len(views) > 20  # each of eight samples has five possible crops, and was cropped five times
 
 
 def test_a_smaller_buffer_shuffles_less(lcm):
