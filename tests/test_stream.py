@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.server
 import io
+import itertools
 import json
 import logging
 import pickle
@@ -186,15 +187,15 @@ def test_resume_is_exact_in_batches_that_cross_shards_and_twice_in_a_row(lcm, ur
 def test_elastic_resume_repeats_and_loses_no_sample(lcm, urls, batch):
     """From every position to other numbers of workers, and from there once more: each sample twice in two epochs."""
     for first, second, third in [(1, 2, 1), (2, 1, 3), (3, 5, 2), (2, 3, 2), (5, 2, 4)]:
-        for position in range(1, 9):
+        for position, later in itertools.product(range(1, 9), (0, 2)):
             used, state = [], None
-            for world, steps in [(first, position), (second, 2)]:
+            for world, steps in [(first, position), (second, later)]:
                 fleet = Fleet(lcm, urls, world, 0, "--train_batch_size", batch, state=state)
                 used += [caption for _ in range(steps) for found in fleet.step() for caption in found["captions"]]
                 state = fleet.state()
             epochs = 2 + len(used) // COUNT + 1  # beyond whatever has been read
             used += Fleet(lcm, urls, third, 0, "--train_batch_size", 1, state=state).captions_before(epochs)
-            assert Counter(used) == Counter(numbers() * epochs), (first, second, third, position)
+            assert Counter(used) == Counter(numbers() * epochs), (first, second, third, position, later)
 
 
 def test_elastic_resume_between_loader_workers_says_so(lcm, urls, caplog):
@@ -380,8 +381,8 @@ def palette():
         (encode(solid("RGBA", (200, 0, 0, 255)), "WEBP", lossless=True), (200, 0, 0), (200, 0, 0)),
         (palette(), (255, 255, 255), (200, 100, 50)),
         (encode(solid("RGB", (9, 8, 7)), transparency=(9, 8, 7)), (255,) * 3, (255,) * 3),
-        (encode(Image.fromarray(np.repeat([[100 * 257, 65535]], 16, 0).repeat(8, 1).astype(np.uint16))),
-         (100,) * 3, (255,) * 3),
+        (encode(Image.fromarray(np.repeat([[200 * 257, 65535]], 16, 0).repeat(8, 1).astype(np.uint16))),
+         (200,) * 3, (255,) * 3),
     ],
     ids=["L", "1", "LA", "RGBA", "RGBA-20%", "RGBA-WEBP", "P", "RGB-transparency", "16-bit"],
 )  # fmt: skip
@@ -483,6 +484,7 @@ CASES = {
     "duplicate": ([("0.png", PNG), ("0.txt", b"a"), ("0.txt", b"b")], ["a"], {"duplicate member": 1}),
     "unknown": ([("0.png", PNG), ("0.xyz", b"?"), ("0.txt", b"a"), ("README", b"?"), ("0", b"?")], ["a"], {}),
     "hidden": ([("._0.png", b"?"), ("__meta__/0.png", b"?"), ("0.png", PNG), ("0.txt", b"a")], ["a"], {}),
+    "macOS": ([("a/._0.png", b"?"), ("a/0.png", PNG), ("a/._0.txt", b"?"), ("a/0.txt", b"a")], ["a"], {}),
     "folders": ([("a/0.png", PNG), ("a/0.txt", b"a"), ("b/0.png", PNG), ("b/0.txt", b"b")], ["a", "b"], {}),
     "longer keys": ([("0.png", PNG), ("0.txt", b"a"), ("0.seg.png", b"?"), ("0.alt.txt", b"?")], ["a"], {}),
     "no member": ([], [], {}),
@@ -656,7 +658,7 @@ def test_a_command_that_fails_at_its_very_end_is_a_fault_but_its_samples_count_o
 
 def test_a_stalled_pipe_times_out(lcm, naps, shard):
     start = time.perf_counter()
-    assert outcome(lcm, "pipe:sleep 30", "--shard_timeout", 0.3) == ([], {"unreadable shard": 1})
+    assert outcome(lcm, "pipe:exec sleep 30", "--shard_timeout", 0.3) == ([], {"unreadable shard": 1})
     assert outcome(lcm, f"pipe:head -c 9000 {shard}; exec sleep 30", "--shard_timeout", 0.3) == (
         ["0"], {"unreadable shard": 1})  # fmt: skip
     assert 1.8 < time.perf_counter() - start < 6 and naps == [1, 2] * 2
@@ -665,7 +667,7 @@ def test_a_stalled_pipe_times_out(lcm, naps, shard):
 def test_a_stalled_pipe_is_told_at_the_start(lcm):
     start = time.perf_counter()
     with pytest.raises(SystemExit, match="no data for 1 s"):
-        lcm.check_shards(["pipe:sleep 30"], make_args(lcm, "--shard_timeout", 1))
+        lcm.check_shards(["pipe:exec sleep 30"], make_args(lcm, "--shard_timeout", 1))
     assert time.perf_counter() - start < 5
 
 
