@@ -41,21 +41,25 @@ import shlex
 import shutil
 import signal
 import tarfile
+import tempfile
 import textwrap
 import time
 import urllib.request
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -64,7 +68,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextModel
 from webdataset.gopen import Pipe, gopen
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import group_by_keys
 
 logger = logging.getLogger("train")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -74,9 +78,8 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
                    "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
 
+
 # ------------------------------------------------------------------------------------------------------- arguments
-
-
 def fail(message):
     """Ends the process with one line that says what to do, instead of a traceback."""
     raise SystemExit(f"error: {message}")
@@ -212,29 +215,26 @@ def parse_args(argv=None):
 
 
 def check_environment(args):
-    """Refuses what this machine cannot do: a folder it cannot write, xformers, bitsandbytes, fp16, trackers."""
+    """Refuses what this machine cannot do: a folder it cannot write, fp16 without a GPU, packages that are missing."""
+    output, xformers = Path(args.output_dir), args.enable_xformers_memory_efficient_attention
     try:
-        probe = Path(args.output_dir, f".writable-{os.getpid()}")
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
-        fail(f"--output_dir {args.output_dir} cannot be written: {error}")
+        fail(f"--output_dir {output} cannot be written: {error}")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
-    if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
+    if xformers and not torch.cuda.is_available():
         fail("--enable_xformers_memory_efficient_attention needs a GPU; without it PyTorch's attention is used")
-    # fmt: off
     wanted = {"wandb": args.report_to in ("wandb", "all"), "tensorboard": args.report_to in ("tensorboard", "all"),
-              "bitsandbytes": args.use_8bit_adam, "xformers": args.enable_xformers_memory_efficient_attention}
-    # fmt: on
+              "bitsandbytes": args.use_8bit_adam, "xformers": xformers}  # fmt: skip
     for package in (package for package, is_wanted in wanted.items() if is_wanted):
         try:
             __import__(package)
         except Exception as error:
             fail(f"a flag asks for {package}, which cannot be imported here ({error}); install it or drop the flag")
-    if not args.resume_from_checkpoint and list_checkpoints(args.output_dir):
-        fail(f"--output_dir {args.output_dir} holds checkpoints; --resume_from_checkpoint latest, or another folder?")
+    if not args.resume_from_checkpoint and list_checkpoints(output):
+        fail(f"--output_dir {output} holds checkpoints; --resume_from_checkpoint latest, or another folder?")
 
 
 def redact(value):
@@ -256,10 +256,9 @@ def public_args(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ data
-
 IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
 MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json"}  # nothing else of a shard is ever read
-MAX_IMAGE_PIXELS = 2**26
+MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
 FILTERS = ("below min_image_size", "above max_pwatermark")
 FAULTS = ("unreadable shard", "duplicate member", "no image", "no caption", "broken image", "image too large")
 
@@ -283,9 +282,26 @@ class ShardReader:
         return data
 
     def close(self):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a shell's children outlive it
+            for child in psutil.Process(self.pipe.proc.pid).children(recursive=True):
+                child.kill()
         self.pipe.proc.kill()
         self.pipe.stream.close()
         self.pipe.proc.wait()
+
+
+def read_members(stream, url):
+    """Yields the wanted members of a tar, as webdataset does; raises OSError where the end mark is missing."""
+    with tarfile.open(fileobj=stream, mode="r|*") as shard:
+        for member in shard:
+            is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
+            if member.isreg() and not is_hidden and member.name.rsplit(".", 1)[-1].lower() in MEMBERS:
+                is_sane = member.size <= MAX_MEMBER_BYTES and not member.issparse()
+                data = shard.extractfile(member).read() if is_sane else b""
+                yield {"fname": member.name, "data": data, "__url__": url}
+            shard.members = []  # tarfile would keep them all
+        if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
+            raise OSError("the archive ends early")
 
 
 def read_shard(url, timeout, tries=3):
@@ -295,26 +311,22 @@ def read_shard(url, timeout, tries=3):
     that fails for good, and a member that stands twice, is yielded as a sample with a `__fault__`, to be counted.
     """
 
-    def is_wanted(name):
-        return name.rsplit(".", 1)[-1].lower() in MEMBERS and not name.rsplit("/", 1)[-1].startswith(".")
-
     def note_duplicate(error):
         faults.append({"__key__": url, "__fault__": BadSample("duplicate member", str(error.args[0]))})
         return True
 
-    done, faults, is_remote = 0, [], url.startswith("pipe:") or "://" in url
-    tries = tries if is_remote else 1
+    done, faults = 0, []
+    tries = tries if url.startswith("pipe:") or "://" in url else 1
     for attempt in range(tries):
         faults.clear()
         try:
             stream = gopen(url, "rb")
             with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
-                members = ({**member, "__url__": url} for member in tar_file_iterator(stream, select_files=is_wanted))
-                for index, sample in enumerate(group_by_keys(members, handler=note_duplicate)):
+                for index, sample in enumerate(group_by_keys(read_members(stream, url), handler=note_duplicate)):
                     if index == done:
                         done += 1
                         yield sample
-                while stream.read(1 << 16):  # past the archive's end: the command's exit status counts too
+                while stream.read(1 << 16):  # past the archive's end: a command's exit status counts too
                     pass
             break
         except Exception as error:  # tarfile, its decompressors and the opener raise many kinds
@@ -622,8 +634,6 @@ def count_samples(urls):
 
 
 # -------------------------------------------------------------------------------------------------- diffusion maths
-
-
 class Schedule:
     """The teacher's noise schedule, always float32, and the DDIM grid τ_i = (i + 1)·(T // N) − 1, prev(τ_0) = 0.
 
@@ -657,14 +667,6 @@ class Schedule:
         return output, (x_t - alpha * output) / sigma
 
 
-def guidance_embedding(w, dim):
-    """Sinusoidal embedding of 1000·w, shape (batch, dim); equals `get_guidance_scale_embedding` of the pipelines."""
-    half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=w.device) * (-math.log(10000.0) / (half - 1)))
-    angles = 1000.0 * w.float()[:, None] * frequencies[None]
-    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
-
-
 def distance(a, b, loss_type, huber_c):
     """d(a, b) in float32: mean square, or Huber, mean of sqrt(d² + c²) − c."""
     square = (a.float() - b.float()) ** 2
@@ -672,8 +674,6 @@ def distance(a, b, loss_type, huber_c):
 
 
 # ---------------------------------------------------------------------------------------------------------- method
-
-
 @dataclasses.dataclass
 class Draws:
     """All randomness of a step: noise ε (like the latents), grid index i and guidance weight w, both (batch,)."""
@@ -703,8 +703,10 @@ class Denoiser:
         self.guidance_dim = config.time_cond_proj_dim
 
     def __call__(self, x_t, t, c, w):
-        w = guidance_embedding(w, self.guidance_dim).to(self.dtype) if self.guidance_dim else None
-        return self.unet(x_t.to(self.dtype), t, c.to(self.dtype), timestep_cond=w, return_dict=False)[0].float()
+        if self.guidance_dim:  # as the pipelines' get_guidance_scale_embedding
+            w = get_timestep_embedding(1000 * w.float(), self.guidance_dim, downscale_freq_shift=1).to(self.dtype)
+        condition = w if self.guidance_dim else None
+        return self.unet(x_t.to(self.dtype), t, c.to(self.dtype), timestep_cond=condition, return_dict=False)[0].float()
 
 
 def guided_prediction(teacher, schedule, x_t, t, c, uncond, w):
@@ -745,22 +747,6 @@ def distillation_loss(student, target, teacher, schedule, x_0, c, uncond, draws,
 
 
 # ---------------------------------------------------------------------------------------------------------- models
-
-
-@dataclasses.dataclass
-class Models:
-    """The networks of a run: `student` and `target` float32, the others in the compute precision and frozen."""
-
-    tokenizer: object
-    text_encoder: torch.nn.Module
-    vae: torch.nn.Module
-    teacher: torch.nn.Module
-    student: torch.nn.Module
-    target: torch.nn.Module
-    schedule: Schedule
-    scheduler: object  # the stock LCMScheduler that is exported
-
-
 def check_teacher(args):
     """Reads the teacher's configuration, refuses what is no text-to-image U-Net of SD 1.x/2.x; gives its scheduler."""
     path = args.pretrained_teacher_model
@@ -795,10 +781,10 @@ def load_frozen(args, dtype):
     tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **source)
     text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **source)
     if args.pretrained_vae_model_name_or_path:
-        vae_path, vae_source = args.pretrained_vae_model_name_or_path, {**source, "revision": args.revision}
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, revision=args.revision,
+                                            cache_dir=args.cache_dir)  # fmt: skip
     else:
-        vae_path, vae_source = path, {**source, "subfolder": "vae"}
-    vae = AutoencoderKL.from_pretrained(vae_path, **vae_source)
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **source)
     vae.to(torch.float32 if vae.config.get("force_upcast") else dtype)
     return tokenizer, text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
 
@@ -806,9 +792,7 @@ def load_frozen(args, dtype):
 def make_student(teacher, args):
     """Copies the teacher into a float32 student that embeds w. The new projection is zero: it starts as the teacher."""
     width = teacher.config.time_cond_proj_dim or args.unet_time_cond_proj_dim
-    config = {
-        k: v for k, v in teacher.config.items() if k != "_use_default_values"
-    }  # from_config drops those named there
+    config = {k: v for k, v in teacher.config.items() if k != "_use_default_values"}  # which from_config would drop
     student = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": width})
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
@@ -817,7 +801,10 @@ def make_student(teacher, args):
 
 
 def load_models(args, scheduler, accelerator):
-    """Loads all networks of a run to the device, channels-last, with the attention and compilation asked for."""
+    """Loads all networks of a run to the device, channels-last, with the attention and compilation asked for.
+
+    `student` and `target` are float32, the others frozen in the compute precision; `scheduler` is what is exported.
+    """
     dtype = DTYPES[accelerator.mixed_precision]
     try:
         tokenizer, text_encoder, vae = load_frozen(args, dtype)
@@ -832,8 +819,7 @@ def load_models(args, scheduler, accelerator):
     student, target = make_student(teacher, args).train(), make_student(teacher, args).requires_grad_(False).eval()
     teacher.to(dtype if args.cast_teacher_unet else torch.float32).requires_grad_(False).eval()
     text_encoder.to(accelerator.device)
-    for model in (vae, teacher, student, target):
-        # channels-last is twice as fast for a VAE on a CPU, and faster on tensor cores
+    for model in (vae, teacher, student, target):  # channels-last halves a VAE's time on a CPU, and helps tensor cores
         model.to(accelerator.device, memory_format=torch.channels_last)
     for model in (teacher, student, target):
         if args.enable_xformers_memory_efficient_attention:
@@ -843,9 +829,10 @@ def load_models(args, scheduler, accelerator):
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     schedule = Schedule(scheduler, args.num_ddim_timesteps, accelerator.device)
-    stock = LCMScheduler.from_config(scheduler.config, original_inference_steps=args.num_ddim_timesteps,
-                                     timestep_scaling=args.timestep_scaling_factor)  # fmt: skip
-    return Models(tokenizer, text_encoder, vae, teacher, student, target, schedule, stock)
+    scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=args.num_ddim_timesteps,
+                                         timestep_scaling=args.timestep_scaling_factor)  # fmt: skip
+    return SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, teacher=teacher, student=student,
+                           target=target, schedule=schedule, scheduler=scheduler)  # fmt: skip
 
 
 @torch.no_grad()
@@ -862,22 +849,16 @@ def decode_latents(vae, latents):
     return (vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-@torch.no_grad()
 def encode_prompts(models, captions):
     """Captions → conditioning (batch, tokens, width), in the text encoder's precision."""
     length, encoder = models.tokenizer.model_max_length, models.text_encoder
     tokens = models.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    mask = (
-        tokens.attention_mask.to(encoder.device, non_blocking=True)
-        if getattr(encoder.config, "use_attention_mask", False)
-        else None
-    )
-    return encoder(tokens.input_ids.to(encoder.device, non_blocking=True), attention_mask=mask)[0]
+    tokens, has_mask = tokens.to(encoder.device), getattr(encoder.config, "use_attention_mask", False)
+    return encoder(tokens.input_ids, attention_mask=tokens.attention_mask if has_mask else None)[0]
 
 
 # ----------------------------------------------------------------------------------------- checkpoints and export
-
-METER = ("loss", "grad_norm", "steps", "nonfinite_steps", "nonfinite_in_a_row", "longest_in_a_row")
+COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
 
 
 @dataclasses.dataclass
@@ -886,22 +867,26 @@ class Run:
 
     args: argparse.Namespace
     accelerator: Accelerator
-    models: Models
+    models: SimpleNamespace  # of load_models
     nets: dict  # Denoisers: student, target, teacher
     optimizer: torch.optim.Optimizer
     lr_scheduler: object
     reader: BatchReader
     uncond: torch.Tensor | None
-    meter: torch.Tensor  # METER: sums since the last log and counters, on the device: a plain step needs no host sync
     step: int = 0
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
     stop_signal: int = 0
+    history: list = dataclasses.field(
+        default_factory=list
+    )  # (loss, grad_norm) a step since the last log, on the device
     references: dict = dataclasses.field(default_factory=dict)  # validation pictures that training does not change
 
 
 def list_checkpoints(output):
-    """Whole checkpoints, oldest first; one that was being written when the run died has another name."""
-    found = [path for path in Path(output).glob("checkpoint-*/state.json") if path.parent.name[11:].isdigit()]
-    return sorted((path.parent for path in found), key=lambda path: int(path.name[11:]))
+    """Checkpoint folders, oldest first; one that was being written when the run died has another name."""
+    found = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def save_checkpoint(run):
@@ -912,8 +897,7 @@ def save_checkpoint(run):
     """
     args, accelerator, reader = run.args, run.accelerator, run.reader
     cursors = accelerator.gather(torch.tensor(reader.cursors, device=accelerator.device)).tolist()
-    meters = accelerator.gather(run.meter[None]).tolist()
-    skipped = reduce_skipped(run)
+    history, skipped = gather_history(run), reduce_skipped(run)
     if accelerator.is_main_process:
         final, temporary = (Path(args.output_dir, f"{name}-{run.step}") for name in ("checkpoint", "tmp-checkpoint"))
         for unfinished in Path(args.output_dir).glob("tmp-checkpoint-*"):
@@ -923,10 +907,10 @@ def save_checkpoint(run):
             tensors = {key: value.contiguous() for key, value in getattr(run.models, name).state_dict().items()}
             save_file(tensors, temporary / f"{name}.safetensors")
         torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
-        stream = {**reader.stream.state, "cursors": cursors, "turn": reader.turn}
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        state = {"step": run.step, "args": public_args(args), "lr_scheduler": run.lr_scheduler.state_dict(),
-                 "scaler": scaler, "stream": stream, "meters": meters, "skipped": skipped}  # fmt: skip
+        state = {**{name: getattr(run, name) for name in COUNTERS}, "args": public_args(args), "skipped": skipped,
+                 "lr_scheduler": run.lr_scheduler.state_dict(), "history": history,
+                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+                 "stream": {**reader.stream.state, "cursors": cursors, "turn": reader.turn}}  # fmt: skip
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):  # on the disk before the name says that it is whole
             descriptor = os.open(path, os.O_RDONLY)
@@ -942,46 +926,59 @@ def save_checkpoint(run):
     accelerator.wait_for_everyone()
 
 
+def read_checkpoint(path):
+    """Returns the state of a checkpoint folder with its tensors. Raises anything if a file is missing or damaged."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    networks = {name: load_file(path / f"{name}.safetensors") for name in ("student", "target")}
+    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    return {**state, **networks, "optimizer": optimizer, "path": path}
+
+
 def find_checkpoint(args):
-    """Resolves --resume_from_checkpoint to (folder, state), or (None, None) for `latest` in a fresh output folder."""
-    wanted = args.resume_from_checkpoint
-    if not wanted:
-        return None, None
-    path = Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir, wanted)
-    if wanted == "latest":
-        if not (found := list_checkpoints(args.output_dir)):
-            logger.warning("--resume_from_checkpoint latest: no checkpoint in %s yet, starting afresh", args.output_dir)
-            return None, None
-        path = found[-1]
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there ({error})")
+    """Resolves --resume_from_checkpoint to a checkpoint's state, or to None for `latest` in a fresh output folder.
+
+    `latest` passes over damaged checkpoints, with a warning; one that is named has to be whole.
+    """
+    wanted, state, found = args.resume_from_checkpoint, None, []
+    if wanted:
+        named = Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir, wanted)
+        found = list_checkpoints(args.output_dir)[::-1] if wanted == "latest" else [named]
+    for path in found:
+        try:
+            state = read_checkpoint(path)
+            break
+        except Exception as error:
+            problem = f"checkpoint {path} is damaged or not there: {str(error).splitlines()[0]}"
+            if path == found[-1]:
+                fail(f"--resume_from_checkpoint {wanted}: {problem}")
+            logger.warning("%s; going back to the one before", problem)
+    if wanted and not state:
+        logger.warning("--resume_from_checkpoint latest: no checkpoint in %s yet, starting afresh", args.output_dir)
     ignored = {"output_dir", "resume_from_checkpoint", "train_shards_path_or_url", "dataloader_num_workers"}
-    changed = {k for k, v in public_args(args).items() if state["args"].get(k, v) != v} - ignored
+    changed = {k for k, v in public_args(args).items() if state and state["args"].get(k, v) != v} - ignored
     if changed:
         logger.warning("Resuming with other values than before for: %s", ", ".join(f"--{k}" for k in sorted(changed)))
-    return path, state
+    return state
 
 
-def load_checkpoint(run, path, state):
-    """Restores everything `save_checkpoint` wrote; a file that is damaged or does not fit the model is named."""
+def load_checkpoint(run, state):
+    """Restores everything `save_checkpoint` wrote; a checkpoint that does not fit the model is named."""
     try:
         for name in ("student", "target"):
-            getattr(run.models, name).load_state_dict(load_file(path / f"{name}.safetensors"))
-        optimizer_state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        run.optimizer.optimizer.load_state_dict(optimizer_state)
-    except Exception as error:
-        fail(f"checkpoint {path} is damaged or of another model: {str(error).splitlines()[0]}")
+            getattr(run.models, name).load_state_dict(state[name])
+        run.optimizer.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        fail(f"checkpoint {state['path']} is of another model: {str(error).splitlines()[0]}")
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.step, rank = state["step"], run.accelerator.process_index
-    if len(state["meters"]) == run.accelerator.num_processes:
-        run.meter.copy_(torch.tensor(state["meters"][rank]))
+    run.step, run.nonfinite_steps, run.nonfinite_in_a_row = (state[name] for name in COUNTERS)
+    rank, history = run.accelerator.process_index, state["history"]
+    if len(history) == run.accelerator.num_processes:
+        run.history = list(torch.tensor(history[rank], device=run.accelerator.device))
     if rank == 0:
         run.reader.skipped.update(state["skipped"])
-    logger.info("Resumed from %s", path)
+    logger.info("Resumed from %s", state["path"])
 
 
 def trim_metrics(run):
@@ -1013,14 +1010,10 @@ def export(run):
 
 def model_card(args, has_samples):
     """The README.md of the exported model: usage, samples, arguments, base model and its licence."""
-    base = args.pretrained_teacher_model
-    try:
+    base, licence = args.pretrained_teacher_model, "unknown"
+    with contextlib.suppress(Exception):  # no card, or no network: the licence is then for the reader to look up
         card = Path(base, "README.md") if os.path.isdir(base) else base
-        card = ModelCard.load(card, ignore_metadata_errors=True)
-        licence = card.data.license or "unknown"
-    except Exception:  # no card, or no network: the licence is then for the reader to look up
-        licence = "unknown"
-    arguments = json.dumps(public_args(args), indent=2, ensure_ascii=False)
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.license or licence
     return f"""---
 license: {licence}
 base_model: {base}
@@ -1044,17 +1037,15 @@ image = pipe(prompt, num_inference_steps=4, guidance_scale={args.validation_guid
 `unet` is the EMA network, `unet_online` the one that the optimizer moved.
 {"![Teacher and student side by side](samples.png)" if has_samples else ""}
 
-## Training arguments
+Arguments:
 
 ```json
-{arguments}
+{json.dumps(public_args(args), indent=2, ensure_ascii=False)}
 ```
 """
 
 
 # ---------------------------------------------------------------------------------------- validation and logging
-
-
 def load_prompts(args):
     """Returns the validation prompts, and for each file of prompts its name → the indices of its lines."""
     prompts, groups = [], {}
@@ -1184,16 +1175,14 @@ def print_fidelity(metrics, steps, sampler, args):
     """Prints the table of PSNRs, for all prompts or for each file of them."""
     labels = {"teacher": "teacher, guided (2 evaluations a step)", "untrained": "untrained student",
               "student": "student", "target": "student, EMA (exported)"}  # fmt: skip
-    text = (
-        f"PSNR in dB to the teacher's 50 steps: deterministic chain, {len(sampler.prompts)} prompts × {sampler.seeds} "
-    )
-    text += f"seeds, guidance scale {args.validation_guidance_scale:g}\n"
+    lines = [f"PSNR in dB to the teacher's 50 steps: deterministic chain, guidance scale "
+             f"{args.validation_guidance_scale:g}, {len(sampler.prompts)} prompts × {sampler.seeds} seeds"]  # fmt: skip
     for group in sampler.groups or [""]:
-        text += f"{group or 'steps':42}" + "".join(f"{k:8}" for k in steps) + "\n"
+        lines.append(f"{group or 'steps':42}" + "".join(f"{k:8}" for k in steps))
         for name, label in labels.items():
             values = [metrics[f"fidelity/{name}_psnr_" + f"k{k}/{group}".rstrip("/")] for k in steps]
-            text += f"  {label:40}" + "".join(f"{value:8.2f}" for value in values) + "\n"
-    tqdm.write(text)
+            lines.append(f"  {label:40}" + "".join(f"{value:8.2f}" for value in values))
+    tqdm.write("\n".join(lines))
 
 
 def draw_grid(columns, prompts):
@@ -1230,36 +1219,44 @@ def reduce_skipped(run):
     return {reason: count for reason, count in zip(reasons, counts, strict=True) if count}
 
 
+def gather_history(run):
+    """(loss, gradient norm) of the steps since the last log: a list (ranks, steps, 2), the same on every rank."""
+    return run.accelerator.gather(torch.stack(run.history)[None]).tolist() if run.history else []
+
+
 def log_metrics(run, clock, progress):
     """Logs the means since the last log: the only place where a training step waits for the device.
 
     Ends the run, on all ranks, if ten steps in a row had no finite loss.
     """
     args, accelerator = run.args, run.accelerator
-    meters = accelerator.gather(run.meter[None]).cpu()
-    meter = dict(zip(METER, [*meters[:, :3].mean(0).tolist(), *meters[:, 3:].amax(0).tolist()], strict=True))
-    if meter["longest_in_a_row"] >= 10:
-        fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, a lower --learning_rate, and a VAE "
-             "that does not overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
+    losses, grad_norms = torch.tensor(gather_history(run)).mean(dim=0).T
+    # infinite gradients are usual where the fp16 scaler handles them
+    good = losses.isfinite() & (grad_norms.isfinite() | (accelerator.scaler is not None))
+    for is_good in good.tolist():
+        run.nonfinite_steps += not is_good
+        run.nonfinite_in_a_row = 0 if is_good else run.nonfinite_in_a_row + 1
+        if run.nonfinite_in_a_row == 10:
+            fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, a lower --learning_rate, and a "
+                 "VAE that does not overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
+    losses, grad_norms = losses[good], grad_norms[grad_norms.isfinite()]
     seconds = time.perf_counter() - clock["time"]
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else memory
-    loss, grad_norm = (meter[name] / meter["steps"] if meter["steps"] else None for name in ("loss", "grad_norm"))
-    metrics = {"loss": loss, "grad_norm": grad_norm,
+    metrics = {"loss": losses.mean().item() if len(losses) else None,
+               "grad_norm": grad_norms.mean().item() if len(grad_norms) else None,
                "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": batch * (run.step - clock["step"]) / seconds,
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
-               "nonfinite_steps": round(meter["nonfinite_steps"]), "skipped": reduce_skipped(run)}  # fmt: skip
-    run.meter[:3], run.meter[5] = 0, run.meter[4]
+               "nonfinite_steps": run.nonfinite_steps, "skipped": reduce_skipped(run)}  # fmt: skip
+    run.history.clear()
     run.reader.waited, clock["time"], clock["step"] = 0.0, time.perf_counter(), run.step
     if accelerator.is_main_process:
         write_metrics(run, metrics)
-        progress.set_postfix_str(f"loss {loss or math.nan:.4g}, {metrics['samples_per_s']:.3g} images/s")
+        progress.set_postfix_str(f"loss {metrics['loss'] or math.nan:.4g}, {metrics['samples_per_s']:.3g} images/s")
 
 
 # -------------------------------------------------------------------------------------------------- training loop
-
-
 def step_generator(run, micro_step):
     """A generator for the draws of this micro-step, different on every rank: a pure function of (seed, step, rank)."""
     name = f"{run.args.seed}/{run.step}/{micro_step}/{run.accelerator.process_index}"
@@ -1287,7 +1284,7 @@ def train_step(run):
                 grad_norm = accelerator.clip_grad_norm_(models.student.parameters(), args.max_grad_norm)
                 optimizer_step(run, grad_norm)
     torch._foreach_lerp_(list(models.target.parameters()), list(models.student.parameters()), 1 - args.ema_decay)
-    update_meter(run.meter, loss_sum, grad_norm, accelerator.scaler is not None)
+    run.history.append(torch.stack([loss_sum, grad_norm]))
 
 
 def optimizer_step(run, grad_norm):
@@ -1300,17 +1297,6 @@ def optimizer_step(run, grad_norm):
         run.optimizer.step()
     run.optimizer.zero_grad()
     run.lr_scheduler.step()
-
-
-def update_meter(meter, loss, grad_norm, has_scaler):
-    """Adds a step to the METER, on the device. Infinite gradients are usual where the fp16 scaler handles them."""
-    good = torch.isfinite(loss) & (torch.isfinite(grad_norm) | has_scaler)
-    meter[0] += torch.where(good, loss, 0)
-    meter[1] += torch.where(torch.isfinite(grad_norm), grad_norm, 0)
-    meter[2] += good
-    meter[3] += ~good
-    meter[4] = (meter[4] + 1) * ~good
-    meter[5] = torch.maximum(meter[5], meter[4])
 
 
 def handle_signals(run):
@@ -1355,8 +1341,6 @@ def train(run):
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-
-
 def make_accelerator(args):
     """Starts the processes' communication, logging and trackers."""
     config = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
@@ -1392,7 +1376,7 @@ def start_run(args, accelerator):
     scheduler = check_teacher(args)
     load_prompts(args)
     urls = expand_shards(args.train_shards_path_or_url)
-    checkpoint, state = find_checkpoint(args)
+    checkpoint = find_checkpoint(args)
     if accelerator.is_main_process:
         check_shards(urls, args)
     accelerator.wait_for_everyone()
@@ -1407,11 +1391,11 @@ def start_run(args, accelerator):
     nets = {"student": Denoiser(student, models.student.config), "target": Denoiser(target, models.target.config),
             "teacher": Denoiser(models.teacher, models.teacher.config)}  # fmt: skip
     uncond = encode_prompts(models, [""]) if args.w_max > 0 and not nets["teacher"].guidance_dim else None
-    stream = ShardStream(urls, args, accelerator.process_index, accelerator.num_processes, state and state["stream"])
-    reader, meter = BatchReader(stream, accelerator.device), torch.zeros(len(METER), device=accelerator.device)
-    run = Run(args, accelerator, models, nets, optimizer, lr_scheduler, reader, uncond, meter)
+    rank, world_size, state = accelerator.process_index, accelerator.num_processes, checkpoint and checkpoint["stream"]
+    reader = BatchReader(ShardStream(urls, args, rank, world_size, state), accelerator.device)
+    run = Run(args, accelerator, models, nets, optimizer, lr_scheduler, reader, uncond)
     if checkpoint:
-        load_checkpoint(run, checkpoint, state)
+        load_checkpoint(run, checkpoint)
     trim_metrics(run)
     return run
 
@@ -1428,6 +1412,10 @@ def main(argv=None):
     handle_signals(run)
     try:
         train(run)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        fail(f"a loader worker died: {error}; is there enough memory? go on with --resume_from_checkpoint latest")
     finally:
         run.reader.close()
     if accelerator.is_main_process:
