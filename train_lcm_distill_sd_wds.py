@@ -70,6 +70,7 @@ from webdataset.gopen import Pipe, gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
+# ------------------------------------------------------------------------------------------------------- arguments
 logger = logging.getLogger("train")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
@@ -79,7 +80,6 @@ DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait ph
                    "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------- arguments
 def fail(message):
     """Ends the process with one line that says what to do, instead of a traceback."""
     raise SystemExit(f"error: {message}")
@@ -402,9 +402,9 @@ def check_filters(info, args):
 
 
 def decode_sample(sample, args, rng):
-    """Turns an undecoded sample into `(pixels, caption)`; pixels: uint8, (3, resolution, resolution). Raises BadSample.
+    """Decodes a sample; gives `pixel_values`, uint8 (3, resolution, resolution), and `captions`, one text.
 
-    `rng` decides caption, caption dropout, crop and flip, always with the same number of draws.
+    Raises BadSample. `rng` decides caption, caption dropout, crop and flip, always with the same number of draws.
     """
     pick, drop, left, top, flip = (rng.random() for _ in range(5))
     if "__fault__" in sample:
@@ -429,7 +429,7 @@ def decode_sample(sample, args, rng):
     image = image.crop((x, y, x + args.resolution, y + args.resolution))
     if args.random_flip and flip < 0.5:
         image = ImageOps.mirror(image)
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), caption
+    return {"pixel_values": torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), "captions": caption}
 
 
 class ShardStream(torch.utils.data.IterableDataset):
@@ -440,8 +440,8 @@ class ShardStream(torch.utils.data.IterableDataset):
     g of G takes the items g, g + G, …. The cursor of a worker, (item, sample), is what it will read next; samples are
     counted in the shard's shuffled order, which depends on (seed, p) alone, as does every random choice in decoding.
 
-    `state` is None, or `stream` of a checkpoint's state.json. A batch is a dict: pixel_values uint8 (batch, 3, height,
-    width), captions, worker, cursor, skipped (Counter of reasons), details (an example of each); or it has an `error`.
+    `state` is None, or `stream` of a checkpoint's state.json. A batch is a dict: what decode_sample gives, as
+    tensors and lists; worker, cursor, skipped (counts by reason), details (an example of each); or it has an `error`.
     """
 
     def __init__(self, urls, args, rank=0, world_size=1, state=None):
@@ -461,7 +461,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                 yield count, sample
 
     def usable_samples(self, worker):
-        """Yields (pixels, caption, cursor after it) for ever. Raises BadSample when too few samples are usable."""
+        """Yields (decoded sample, cursor after it) for ever. Raises BadSample when too few samples are usable."""
         recent, barren = deque(maxlen=1000), 0
         item, start = self.state["cursors"][self.rank * self.num_workers + worker]
         self.skipped, self.details = Counter(), {}
@@ -471,7 +471,7 @@ class ShardStream(torch.utils.data.IterableDataset):
             for index, sample in self.shard_samples(position, max(start, offset)):
                 try:
                     rng = random.Random(f"{self.args.seed}/sample/{position}/{index}")
-                    yield *decode_sample(sample, self.args, rng), (item, index + 1)
+                    yield decode_sample(sample, self.args, rng), (item, index + 1)
                     recent.append(None)
                     barren = 0
                 except BadSample as bad:
@@ -489,12 +489,13 @@ class ShardStream(torch.utils.data.IterableDataset):
         worker = ((info.id if info else 0) + self.state["turn"]) % self.num_workers
         batch = []
         try:
-            for pixels, caption, cursor in self.usable_samples(worker):
-                batch.append((pixels, caption))
+            for sample, cursor in self.usable_samples(worker):
+                batch.append(sample)
                 if len(batch) == self.args.train_batch_size:
-                    pixels, captions = zip(*batch, strict=True)
-                    yield {"pixel_values": torch.stack(pixels), "captions": list(captions), "worker": worker,
-                           "cursor": cursor, "skipped": dict(self.skipped), "details": self.details}  # fmt: skip
+                    columns = {name: [sample[name] for sample in batch] for name in sample}
+                    columns = {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in columns.items()}
+                    yield {**columns, "worker": worker, "cursor": cursor, "skipped": dict(self.skipped),
+                           "details": self.details}  # fmt: skip
                     batch, self.skipped, self.details = [], Counter(), {}
         except BadSample as bad:  # as an exception it would reach the user as a worker's traceback
             message, recent = bad.args
@@ -674,6 +675,16 @@ def distance(a, b, loss_type, huber_c):
 
 
 # ---------------------------------------------------------------------------------------------------------- method
+METHOD, TAG = "latent consistency model (arXiv:2310.04378)", "latent-consistency-model"
+CALL = "num_inference_steps=4, guidance_scale={:g}"
+
+
+def make_scheduler(config, args):
+    """The stock scheduler that is exported, on the trained grid."""
+    return LCMScheduler.from_config(config, original_inference_steps=args.num_ddim_timesteps,
+                                    timestep_scaling=args.timestep_scaling_factor)  # fmt: skip
+
+
 @dataclasses.dataclass
 class Draws:
     """All randomness of a step: noise ε (like the latents), grid index i and guidance weight w, both (batch,)."""
@@ -729,6 +740,11 @@ def consistency_function(net, schedule, x_t, t, c, w, scaling):
     c_skip = sigma_data**2 / (scaled_t**2 + sigma_data**2)
     c_out = scaled_t / (scaled_t**2 + sigma_data**2).sqrt()
     return c_skip * x_t + c_out * x_0
+
+
+def predict_x0(net, schedule, x_t, t, c, w, args):
+    """What a student holds for x_0, in validation."""
+    return consistency_function(net, schedule, x_t, t, c, w, args.timestep_scaling_factor)
 
 
 def distillation_loss(student, target, teacher, schedule, x_0, c, uncond, draws, args):
@@ -829,10 +845,28 @@ def load_models(args, scheduler, accelerator):
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     schedule = Schedule(scheduler, args.num_ddim_timesteps, accelerator.device)
-    scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=args.num_ddim_timesteps,
-                                         timestep_scaling=args.timestep_scaling_factor)  # fmt: skip
     return SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, teacher=teacher, student=student,
-                           target=target, schedule=schedule, scheduler=scheduler)  # fmt: skip
+                           target=target, student_parameters=list(student.parameters()),
+                           target_parameters=list(target.parameters()), schedule=schedule,
+                           scheduler=make_scheduler(scheduler.config, args))  # fmt: skip
+
+
+def prepare(models, optimizer, accelerator):
+    """Gives the networks and the optimizer to accelerate; returns the Denoisers by name, and the optimizer."""
+    student, optimizer = accelerator.prepare(models.student, optimizer)
+    target = accelerator.prepare_model(models.target, evaluation_mode=True)  # autocast as the student
+    return {"student": Denoiser(student, models.student.config), "target": Denoiser(target, models.target.config),
+            "teacher": Denoiser(models.teacher, models.teacher.config)}, optimizer  # fmt: skip
+
+
+def network_state(models, name):
+    """The tensors of `student` or `target` that a checkpoint holds."""
+    return {key: value.contiguous() for key, value in getattr(models, name).state_dict().items()}
+
+
+def load_network(models, name, tensors):
+    """Gives `student` or `target` the tensors of a checkpoint."""
+    getattr(models, name).load_state_dict(tensors)
 
 
 @torch.no_grad()
@@ -904,8 +938,7 @@ def save_checkpoint(run):
             shutil.rmtree(unfinished, ignore_errors=True)
         temporary.mkdir()
         for name in ("student", "target"):
-            tensors = {key: value.contiguous() for key, value in getattr(run.models, name).state_dict().items()}
-            save_file(tensors, temporary / f"{name}.safetensors")
+            save_file(network_state(run.models, name), temporary / f"{name}.safetensors")
         torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
         state = {**{name: getattr(run, name) for name in COUNTERS}, "args": public_args(args), "skipped": skipped,
                  "lr_scheduler": run.lr_scheduler.state_dict(), "history": history,
@@ -965,7 +998,7 @@ def load_checkpoint(run, state):
     """Restores everything `save_checkpoint` wrote; a checkpoint that does not fit the model is named."""
     try:
         for name in ("student", "target"):
-            getattr(run.models, name).load_state_dict(state[name])
+            load_network(run.models, name, state[name])
         run.optimizer.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"checkpoint {state['path']} is of another model: {str(error).splitlines()[0]}")
@@ -1018,19 +1051,19 @@ def model_card(args, has_samples):
 license: {licence}
 base_model: {base}
 library_name: diffusers
-tags: [text-to-image, stable-diffusion, latent-consistency-model]
+tags: [text-to-image, stable-diffusion, {TAG}]
 ---
 
 # {Path(args.output_dir).resolve().name}
 
-A latent consistency model (arXiv:2310.04378) distilled from `{base}` (licence: {licence}) for 1 to 8 steps:
+A {METHOD} distilled from `{base}` (licence: {licence}) for 1 to 8 steps:
 
 ```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{args.hub_model_id or args.output_dir}")
 prompt = "{load_prompts(args)[0][0]}"
-image = pipe(prompt, num_inference_steps=4, guidance_scale={args.validation_guidance_scale:g}).images[0]
+image = pipe(prompt, {CALL.format(args.validation_guidance_scale)}).images[0]
 ```
 
 `guidance_scale` was trained from {args.w_min + 1:g} to {args.w_max + 1:g}; negative prompts have no effect.
@@ -1075,10 +1108,10 @@ def sample_chain(predict, schedule, noise, timesteps):
 
 
 @torch.no_grad()
-def sample_stock(net, scheduler, noise, steps, c, w, seed):
+def sample_stock(net, scheduler, noise, steps, c, w, args):
     """Pictures as users will make them: the exported scheduler, which adds fresh noise between its steps."""
     scheduler.set_timesteps(steps, device=noise.device)
-    generator, x = torch.Generator(noise.device).manual_seed(seed), noise
+    generator, x = torch.Generator(noise.device).manual_seed(args.seed), noise
     for t in scheduler.timesteps:
         x = scheduler.step(net(x, t.expand(len(x)), c, w), t, x, generator=generator, return_dict=False)[0]
     return x
@@ -1103,18 +1136,17 @@ class Sampler:
     def images(self, name, steps, stock=False):
         """Pictures of `teacher` (guided), `untrained` (the teacher as consistency function), `student` or `target`."""
         args, models, net = self.run.args, self.run.models, self.run.nets["teacher" if name == "untrained" else name]
-        schedule, scheduler, scaling = models.schedule, models.scheduler, args.timestep_scaling_factor
-        weight = args.validation_guidance_scale - 1
+        schedule, scheduler, weight = models.schedule, models.scheduler, args.validation_guidance_scale - 1
         scheduler.set_timesteps(min(steps, args.num_ddim_timesteps), device=self.noise.device)
         timesteps, parts = scheduler.timesteps.tolist(), []
         if name == "teacher":
             timesteps = [round(schedule.num_train_timesteps * (1 - j / steps)) - 1 for j in range(steps)]
         for noise, c in zip(self.noise.split(self.chunk), self.c.split(self.chunk), strict=True):
             given = {"c": c, "w": torch.full((len(noise),), weight, device=noise.device)}
-            f = functools.partial(consistency_function, net, schedule, scaling=scaling, **given)
+            f = functools.partial(predict_x0, net, schedule, args=args, **given)
             uncond = self.uncond if weight and not net.guidance_dim else None
             if stock:
-                x_0 = sample_stock(net, scheduler, noise, steps, seed=args.seed, **given)
+                x_0 = sample_stock(net, scheduler, noise, steps, args=args, **given)
             elif name == "teacher":
                 guided = functools.partial(guided_prediction, net, schedule, uncond=uncond, **given)
                 x_0 = sample_chain(guided, schedule, noise, timesteps)
@@ -1281,9 +1313,9 @@ def train_step(run):
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(models.student.parameters(), args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm)
                 optimizer_step(run, grad_norm)
-    torch._foreach_lerp_(list(models.target.parameters()), list(models.student.parameters()), 1 - args.ema_decay)
+    torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
     run.history.append(torch.stack([loss_sum, grad_norm]))
 
 
@@ -1385,11 +1417,8 @@ def start_run(args, accelerator):
         samples = args.max_train_samples or count_samples(urls)
         args.max_train_steps = args.num_train_epochs * math.ceil(samples / images)
     models = load_models(args, scheduler, accelerator)
-    optimizer, lr_scheduler = make_optimizer(args, models.student.parameters(), accelerator.num_processes)
-    student, optimizer = accelerator.prepare(models.student, optimizer)
-    target = accelerator.prepare_model(models.target, evaluation_mode=True)  # autocast as the student
-    nets = {"student": Denoiser(student, models.student.config), "target": Denoiser(target, models.target.config),
-            "teacher": Denoiser(models.teacher, models.teacher.config)}  # fmt: skip
+    optimizer, lr_scheduler = make_optimizer(args, models.student_parameters, accelerator.num_processes)
+    nets, optimizer = prepare(models, optimizer, accelerator)
     uncond = encode_prompts(models, [""]) if args.w_max > 0 and not nets["teacher"].guidance_dim else None
     rank, world_size, state = accelerator.process_index, accelerator.num_processes, checkpoint and checkpoint["stream"]
     reader = BatchReader(ShardStream(urls, args, rank, world_size, state), accelerator.device)

@@ -89,7 +89,7 @@ def test_fix_follows_chains_and_keeps_the_rest(check, tmp_path):
         (MARK + "def", "# Copied from train_copy.py\ndef", "5: helper: no original in train_copy.py"),
         ("helper(x)", "helped(x)", f"5: helped: no original in {NAME}"),
         (MARK + "class", "class", f"19: Thing: also in {NAME}: mark it as copied or as a variant"),
-        (MARK + "class", MARK + "\nclass", "19: -: a mark that is not directly above a function or class"),
+        (MARK + "class", MARK + "\nclass", "19: -: a mark that is not directly above a function, class or constant"),
         (": the method", ":", f"26: loss: a variant of {NAME} without a reason"),
         (": the method", "", f"26: loss: a variant of {NAME} without a reason"),
         ("return 2", "return 0", f"26: loss: a variant that does not differ from {NAME}"),
@@ -99,6 +99,50 @@ def test_problems_that_need_a_person(check, old, new, problem):
     for flags in ([], ["--fix"]):
         status, lines = check(COPY.replace(old, new, 1), *flags)
         assert status == 1 and f"train_copy.py:{problem}" in lines
+
+
+SECTIONS = f"""import functools
+# ------------------------ a · copied from {NAME}
+{SOURCE.removeprefix("import functools").strip().partition("class")[0].strip()}
+
+
+def new():
+    return 3
+
+
+# ------------------------ b
+# Copied from {NAME}
+class Thing:
+    def method(self):
+        return 1
+
+
+def loss_here():
+    return 2
+"""
+
+
+def test_a_section_is_a_mark_for_all_in_it(check, tmp_path):
+    assert check(SECTIONS) == (0, [])
+    drifted = SECTIONS.replace("return helper(x)", "return helper(x + 1)").replace("return x + 1  # one", "return x")
+    assert check(drifted)[1] == [f"train_copy.py:3: helper: differs from {NAME}",
+                                 f"train_copy.py:8: cached: differs from {NAME}"]  # fmt: skip
+    assert check(drifted, "--fix")[0] == 0
+    assert (tmp_path / "train_copy.py").read_text() == SECTIONS
+    variant = drifted.replace("def helper", f"# Variant of {NAME}: adds nothing\ndef helper").replace("x + 1)", "x)")
+    assert check(variant) == (0, [])
+    unmarked = SECTIONS.replace(f"# Copied from {NAME}\n", "")
+    assert check(unmarked)[1] == [f"train_copy.py:21: Thing: also in {NAME}: mark it as copied or as a variant"]
+    gone = SECTIONS.replace(f"a · copied from {NAME}", "a · copied from train_gone.py")
+    assert "train_copy.py:3: helper: no original in train_gone.py" in check(gone)[1]
+
+
+def test_constants_are_checked_too(check):
+    source = "LIMIT = 3\nA, B = 1, 2\n"
+    marked = "".join(f"# Copied from train_a.py\n{line}\n" for line in source.splitlines())
+    assert check(COPY, train_a=source, train_b=marked) == (0, [])
+    status, lines = check(COPY, train_a=source, train_b=marked.replace("3", "4").replace("1, 2", "1, 3"))
+    assert lines == ["train_b.py:2: LIMIT: differs from train_a.py", "train_b.py:4: (A, B): differs from train_a.py"]
 
 
 def test_unmarked_twice_outside_the_source(check):

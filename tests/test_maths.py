@@ -469,7 +469,7 @@ def test_one_step_of_the_stock_sampler_is_the_consistency_function(lcm, models):
     w = torch.full((4,), 6.5)
     with torch.no_grad():
         f = lcm.consistency_function(net, models.schedule, noise, full(999), c, w, 7.0)
-    stock = lcm.sample_stock(net, models.scheduler, noise, 1, c, w, 0)
+    stock = lcm.sample_stock(net, models.scheduler, noise, 1, c, w, SimpleNamespace(seed=0))
     torch.testing.assert_close(stock, f, rtol=1e-4, atol=1e-4)
 
 

@@ -223,7 +223,7 @@ def test_resume_decodes_nothing_of_what_it_skips(lcm, urls, monkeypatch):
 def decode(lcm, sample, *flags, seed=0):
     """Pixels and caption of a sample; it has an image unless it brings one."""
     sample = {"__key__": "key", "png": image_bytes(), **sample}
-    return lcm.decode_sample(sample, make_args(lcm, *flags), random.Random(seed))
+    return tuple(lcm.decode_sample(sample, make_args(lcm, *flags), random.Random(seed)).values())
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def outcome(lcm, url, *flags):
     captions, reasons, args = [], Counter(), make_args(lcm, *flags)
     for sample in lcm.read_shard(str(url), args.shard_timeout):
         try:
-            captions.append(lcm.decode_sample(sample, args, random.Random(0))[1])
+            captions.append(lcm.decode_sample(sample, args, random.Random(0))["captions"])
         except lcm.BadSample as bad:
             reasons[bad.args[0]] += 1
     return captions, dict(reasons)
