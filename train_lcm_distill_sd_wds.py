@@ -96,6 +96,14 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def sizes(text):
+    """An argparse type: WIDTHxHEIGHT,… → [[width, height], …]."""
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) for size in text.lower().split(",")]
+    if None in found:
+        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT or several of them, parted by commas")
+    return [[int(side) for side in size.groups()] for size in found]
+
+
 def add_model_args(parser):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", required=True, help="hub id or folder of the pipeline to distil")
@@ -176,6 +184,7 @@ def add_output_args(parser):
     add("--validation_negative_prompt", default="", help="negative prompt of the teacher in validation")
     add("--validation_guidance_scale", type=number(float, 1), help="w + 1 (default: middle of the trained range)")
     add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")
+    add("--validation_resolutions", type=sizes, help="WIDTHxHEIGHT,… of the pictures (default: --resolution)")
     add("--num_validation_images", type=number(int, 1), default=2, help="seeds for each prompt, for the fidelity")
     add("--push_to_hub", action="store_true", help="upload the exported pipeline")
     add("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
@@ -209,6 +218,8 @@ def parse_args(argv=None):
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.cast_teacher_unet is None:
         args.cast_teacher_unet = args.mixed_precision != "no"
+    if args.validation_resolutions is None:
+        args.validation_resolutions = [[args.resolution, args.resolution]]
     if args.validation_guidance_scale is None:
         args.validation_guidance_scale = (args.w_min + args.w_max) / 2 + 1
     return args
@@ -675,8 +686,8 @@ def distance(a, b, loss_type, huber_c):
 
 
 # ---------------------------------------------------------------------------------------------------------- method
-METHOD, TAG = "latent consistency model (arXiv:2310.04378)", "latent-consistency-model"
-CALL = "num_inference_steps=4, guidance_scale={:g}"
+METHOD, TAG, CALL = ("latent consistency model (arXiv:2310.04378)", "latent-consistency-model",
+                     "num_inference_steps=4, guidance_scale={:g}")  # fmt: skip
 
 
 def make_scheduler(config, args):
@@ -828,8 +839,10 @@ def load_models(args, scheduler, accelerator):
         teacher = UNet2DConditionModel.from_pretrained(args.pretrained_teacher_model, subfolder="unet", **source)
     except (OSError, ValueError) as error:
         fail(f"the teacher or the VAE cannot be loaded: {str(error).splitlines()[0]}")
-    if args.resolution % (factor := 2 ** (len(vae.config.block_out_channels) - 1)):
-        fail(f"--resolution {args.resolution} must be a multiple of the VAE's factor, {factor}")
+    sides = {"resolution": [args.resolution], "validation_resolutions": sum(args.validation_resolutions, [])}
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    for flag in (flag for flag in sides if any(side % factor for side in sides[flag])):
+        fail(f"--{flag}: {sides[flag]} must be multiples of the VAE's factor, {factor}")
     if vae.config.latent_channels != teacher.config.in_channels:
         fail(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net takes {teacher.config.in_channels}")
     student, target = make_student(teacher, args).train(), make_student(teacher, args).requires_grad_(False).eval()
@@ -1025,20 +1038,27 @@ def trim_metrics(run):
 
 
 def export(run):
-    """Writes a whole StableDiffusionPipeline (EMA U-Net, matching LCMScheduler), `unet_online` and the model card."""
+    """Writes a StableDiffusionPipeline (EMA U-Net, matching scheduler) and `unet_online`; returns what to upload."""
     args, output = run.args, Path(run.args.output_dir)
     tokenizer, text_encoder, vae = load_frozen(args, torch.float32)  # unrounded, whatever the compute precision was
     StableDiffusionPipeline(vae, text_encoder, tokenizer, run.models.target, run.models.scheduler, None, None,
                             requires_safety_checker=False).save_pretrained(output)  # fmt: skip
     run.models.student.save_pretrained(output / "unet_online")
-    if grids := sorted(output.glob("validation/step-*.png"), key=lambda path: int(path.stem[5:])):
+    folders = ("unet", "unet_online", "vae", "text_encoder", "tokenizer", "scheduler")
+    return ["model_index.json", *(f"{folder}/*" for folder in folders)]
+
+
+def publish(run, patterns):
+    """Adds the last sample grid and the model card to what was exported, and uploads that and nothing else."""
+    args, output = run.args, Path(run.args.output_dir)
+    grids = [path for path in output.glob("validation/step-*.png") if path.stem[5:].isdigit()]
+    if grids := sorted(grids, key=lambda path: int(path.stem[5:])):
         shutil.copyfile(grids[-1], output / "samples.png")
     (output / "README.md").write_text(model_card(args, bool(grids)), encoding="utf-8")
     if args.push_to_hub:
         repo_id = create_repo(args.hub_model_id or output.resolve().name, token=args.hub_token, exist_ok=True).repo_id
-        parts = [f"{part}/*" for part in ("unet", "unet_online", "vae", "text_encoder", "tokenizer", "scheduler")]
         upload_folder(repo_id=repo_id, folder_path=output, token=args.hub_token, commit_message=f"Step {run.step}",
-                      allow_patterns=["README.md", "samples.png", "model_index.json", *parts])  # fmt: skip
+                      allow_patterns=["README.md", "samples.png", *patterns])  # fmt: skip
 
 
 def model_card(args, has_samples):
@@ -1120,15 +1140,15 @@ def sample_stock(net, scheduler, noise, steps, c, w, args):
 class Sampler:
     """Draws the validation pictures of every network from the same noise and prompts, `chunk` at a time.
 
-    Images are (prompts × seeds, 3, height, width), on the CPU. Its generators are its own.
+    `size` is (width, height). Images are (prompts × seeds, 3, height, width), on the CPU. Its generators are its own.
     """
 
-    def __init__(self, run, chunk=8):
+    def __init__(self, run, size, chunk=8):
         args, models = run.args, run.models
         self.run, self.chunk, self.seeds = run, chunk, args.num_validation_images
         self.prompts, self.groups = load_prompts(args)
-        side = args.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
-        shape = (len(self.prompts) * self.seeds, models.vae.config.latent_channels, side, side)
+        width, height = (side // 2 ** (len(models.vae.config.block_out_channels) - 1) for side in size)
+        shape = (len(self.prompts) * self.seeds, models.vae.config.latent_channels, height, width)
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(run.accelerator.device)
         self.c = encode_prompts(models, self.prompts).repeat_interleave(self.seeds, dim=0)
         self.uncond = encode_prompts(models, [args.validation_negative_prompt])
@@ -1158,28 +1178,34 @@ class Sampler:
 
 def validate(run):
     """Logs pictures of the EMA student beside the teacher's, and the PSNR of each network to the teacher's 50 steps."""
-    args, steps, images = run.args, run.args.validation_num_inference_steps, run.references
     if run.accelerator.is_main_process:
-        if not images:
-            sampler = images["sampler"] = Sampler(run)
-            images |= {("teacher", k): sampler.images("teacher", k) for k in sorted({50, *steps})}
-            images |= {("untrained", k): sampler.images("untrained", k) for k in steps}
-        sampler = images["sampler"]
-        images |= {(name, k): sampler.images(name, k) for name in ("student", "target") for k in steps}
-        metrics = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
-        write_metrics(run, metrics)
-        columns = {f"teacher {k}": images["teacher", k] for k in (50, 4, 1) if ("teacher", k) in images}
-        columns |= {"untrained 1": images["untrained", 1]} if 1 in steps else {}
-        columns |= {f"student {k}": sampler.images("target", k, stock=True) for k in steps}
-        grid = draw_grid({title: column[:: sampler.seeds] for title, column in columns.items()}, sampler.prompts)
-        path = Path(args.output_dir, "validation", f"step-{run.step}.png")
-        path.parent.mkdir(exist_ok=True)
-        grid.save(path)
-        for tracker in run.accelerator.trackers:
-            kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.asarray(grid)[None]}, step=run.step, **kwargs)
-        print_fidelity(metrics, steps, sampler, args)
+        for index, size in enumerate(run.args.validation_resolutions):
+            validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
     run.accelerator.wait_for_everyone()
+
+
+def validate_size(run, size, suffix):
+    """Validates at a (width, height). Pictures of all but the first size carry the size as a `suffix`."""
+    args, steps, images = run.args, run.args.validation_num_inference_steps, run.references.setdefault(suffix, {})
+    if not images:
+        sampler = images["sampler"] = Sampler(run, size)
+        images |= {("teacher", k): sampler.images("teacher", k) for k in sorted({50, *steps})}
+        images |= {("untrained", k): sampler.images("untrained", k) for k in steps}
+    sampler = images["sampler"]
+    images |= {(name, k): sampler.images(name, k) for name in ("student", "target") for k in steps}
+    metrics = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
+    write_metrics(run, {key.replace("fidelity", f"fidelity{suffix}"): value for key, value in metrics.items()})
+    columns = {f"teacher {k}": images["teacher", k] for k in (50, 4, 1) if ("teacher", k) in images}
+    columns |= {"untrained 1": images["untrained", 1]} if 1 in steps else {}
+    columns |= {f"student {k}": sampler.images("target", k, stock=True) for k in steps}
+    grid = draw_grid({title: column[:: sampler.seeds] for title, column in columns.items()}, sampler.prompts)
+    path = Path(args.output_dir, "validation", f"step-{run.step}{suffix}.png")
+    path.parent.mkdir(exist_ok=True)
+    grid.save(path)
+    for tracker in run.accelerator.trackers:
+        kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({f"validation{suffix}": np.asarray(grid)[None]}, step=run.step, **kwargs)
+    print_fidelity(metrics, steps, sampler, args)
 
 
 def fidelity(images, steps, groups, seeds):
@@ -1219,19 +1245,20 @@ def print_fidelity(metrics, steps, sampler, args):
 
 def draw_grid(columns, prompts):
     """Draws images side by side: a row a prompt, a titled column for each entry of {title: (prompts, 3, h, w)}."""
-    side = next(iter(columns.values())).shape[-1]
-    cell, left, top, gap = max(side, 96), 150, 24, 4
-    size = (left + len(columns) * (cell + gap), top + len(prompts) * (cell + gap))
+    height, width = next(iter(columns.values())).shape[-2:]
+    enlarged, left, top, gap = max(1, 96 / height), 150, 24, 4
+    cell = round(width * enlarged), round(height * enlarged)
+    size = (left + len(columns) * (cell[0] + gap), top + len(prompts) * (cell[1] + gap))
     grid, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
     pen = ImageDraw.Draw(grid)
     for row, prompt in enumerate(prompts):
-        pen.multiline_text((gap, top + row * (cell + gap)), textwrap.fill(prompt[:100], 20), "black", font)
+        pen.multiline_text((gap, top + row * (cell[1] + gap)), textwrap.fill(prompt[:100], 20), "black", font)
     for column, (title, images) in enumerate(columns.items()):
-        x = left + column * (cell + gap)
+        x = left + column * (cell[0] + gap)
         pen.text((x, gap), title, "black", font)
         for row, image in enumerate(images):
             picture = Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
-            grid.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), (x, top + row * (cell + gap)))
+            grid.paste(picture.resize(cell, Image.Resampling.BICUBIC), (x, top + row * (cell[1] + gap)))
     return grid
 
 
@@ -1448,7 +1475,7 @@ def main(argv=None):
     finally:
         run.reader.close()
     if accelerator.is_main_process:
-        export(run)
+        publish(run, export(run))
     accelerator.end_training()
 
 

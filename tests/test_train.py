@@ -589,7 +589,7 @@ def test_teacher_of_another_kind(train, tiny, tmp_path, file, changes, message):
         (["--pretrained_teacher_model", "no/such-model"], "--pretrained_teacher_model no/such-model"),
         (["--pretrained_vae_model_name_or_path", "no/such-vae"], "VAE"),
         (["--num_ddim_timesteps", "2000"], "--num_ddim_timesteps 2000 must lie in 1 … 1000"),
-        (["--resolution", "17"], "--resolution 17 must be a multiple of .* 2"),
+        (["--resolution", "17"], "--resolution: .17. must be multiples of .* 2"),
         (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
         (["--enable_xformers_memory_efficient_attention"], "--enable_xformers_memory_efficient_attention needs a GPU"),
         (["--resume_from_checkpoint", "checkpoint-7"], "--resume_from_checkpoint checkpoint-7"),
