@@ -714,7 +714,7 @@ def distance(a, b, loss_type, huber_c):
 # Variant of train_lcm_distill_sd_wds.py: the method
 METHOD, TAG, CALL = ("trajectory consistency LoRA (arXiv:2402.19159)", "trajectory-consistency-distillation",
                      "num_inference_steps=4, guidance_scale=1, eta=0.3")  # fmt: skip
-SCHEDULER = "TCDScheduler"
+PIPELINE, SCHEDULER = StableDiffusionPipeline, TCDScheduler
 
 
 # Copied from train_tcd_distill_sd_wds.py
@@ -879,8 +879,9 @@ def add_adapters(unet, args):
     """
     if args.init_lora:
         try:
-            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-                args.init_lora, cache_dir=args.cache_dir, return_lora_metadata=True)  # fmt: skip
+            state, alphas, metadata = PIPELINE.lora_state_dict(
+                args.init_lora, cache_dir=args.cache_dir, unet_config=unet.config, return_lora_metadata=True
+            )
             unet.load_lora_adapter(state, "unet", network_alphas=alphas, adapter_name="default", metadata=metadata)
         except Exception as error:
             fail(f"--init_lora {args.init_lora} cannot be loaded into this U-Net: {str(error).splitlines()[0]}")
@@ -1132,8 +1133,8 @@ def export(run):
     args, output, config = run.args, Path(run.args.output_dir), run.models.unet.peft_config["default"]
     files = {"target": "pytorch_lora_weights.safetensors", "student": "pytorch_lora_weights_online.safetensors"}
     for name, file in files.items():
-        StableDiffusionPipeline.save_lora_weights(output, network_state(run.models, name), weight_name=file,
-                                                  unet_lora_adapter_metadata=config.to_dict())  # fmt: skip
+        PIPELINE.save_lora_weights(output, network_state(run.models, name), weight_name=file,
+                                   unet_lora_adapter_metadata=config.to_dict())  # fmt: skip
     tensors = {f"unet.{key}": value for key, value in network_state(run.models, "target").items()}
     kohya = {key: torch.tensor(float(config.lora_alpha)) if key.endswith(".alpha") else value
              for key, value in convert_state_dict_to_kohya(tensors).items()}  # fmt: skip
@@ -1141,10 +1142,9 @@ def export(run):
     run.models.scheduler.save_pretrained(output / "scheduler")
     if args.export_fused:
         source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
-        tokenizer, text_encoder, vae = load_frozen(args, torch.float32)
-        unet = UNet2DConditionModel.from_pretrained(args.pretrained_teacher_model, subfolder="unet", **source)
-        pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, run.models.scheduler, None, None,
-                                       requires_safety_checker=False)  # fmt: skip
+        vae = load_frozen(args, torch.float32)[-1]  # perhaps another one than the teacher's
+        path, scheduler = args.pretrained_teacher_model, run.models.scheduler
+        pipe = PIPELINE.from_pretrained(path, vae=vae, scheduler=scheduler, **source)
         pipe.load_lora_weights(output, weight_name=files["target"])
         pipe.fuse_lora()
         pipe.unload_lora_weights()
@@ -1184,12 +1184,12 @@ tags: [text-to-image, stable-diffusion, lora, {TAG}]
 A {METHOD} distilled from `{base}` (licence: {licence}) for 1 to 8 steps:
 
 ```python
-from diffusers import DiffusionPipeline, {SCHEDULER}
+from diffusers import DiffusionPipeline, {SCHEDULER.__name__}
 
 repository = "{args.hub_model_id or args.output_dir}"
 pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.load_lora_weights(repository, weight_name="pytorch_lora_weights.safetensors")
-pipe.scheduler = {SCHEDULER}.from_pretrained(repository, subfolder="scheduler")
+pipe.scheduler = {SCHEDULER.__name__}.from_pretrained(repository, subfolder="scheduler")
 prompt = "{load_prompts(args)[0][0]}"
 image = pipe(prompt, {CALL}).images[0]
 ```

@@ -76,6 +76,33 @@ def make_pipeline(folder, prediction_type="epsilon", time_cond_proj_dim=None, in
     return str(folder / "pipeline")
 
 
+def make_sdxl_pipeline(folder, prediction_type="epsilon", force_zeros=True, seed=0):
+    """Saves a random StableDiffusionXLPipeline of some 100,000 parameters (VAE factor 2) and returns its path."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    tokenizer, size = make_tokenizer(folder / "tokenizer-source")
+    text = CLIPTextConfig(vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=2, max_position_embeddings=16, eos_token_id=size - 1,
+                          projection_dim=24)  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=[8, 16], norm_num_groups=4, latent_channels=4, sample_size=16,
+                        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+                        scaling_factor=0.13025, force_upcast=True)  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=8, in_channels=4, block_out_channels=[8, 16], norm_num_groups=4,
+                                layers_per_block=1, cross_attention_dim=32, attention_head_dim=4,
+                                down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+                                up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], use_linear_projection=True,
+                                addition_embed_type="text_time", addition_time_embed_dim=8,
+                                projection_class_embeddings_input_dim=24 + 6 * 8)  # fmt: skip
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                       steps_offset=1, prediction_type=prediction_type)  # fmt: skip
+    StableDiffusionXLPipeline(vae, CLIPTextModel(text), CLIPTextModelWithProjection(text), tokenizer, tokenizer, unet,
+                              scheduler, force_zeros_for_empty_prompt=force_zeros,
+                              add_watermarker=False).save_pretrained(folder / "pipeline")  # fmt: skip
+    return str(folder / "pipeline")
+
+
 def image_bytes(seed=0, size=(20, 16), kind="PNG", mode="RGB"):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     stream = io.BytesIO()
