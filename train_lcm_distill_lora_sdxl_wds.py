@@ -219,6 +219,14 @@ def add_output_args(parser):
     add("--hub_token", help="token for the upload; never written to any file")
 
 
+def check_method_args(parser, args):
+    """Checks the method's arguments, and fills in what depends on others."""
+    if args.w_min > args.w_max:
+        parser.error(f"--w_min {args.w_min} is above --w_max {args.w_max}")
+    if args.validation_guidance_scale is None:
+        args.validation_guidance_scale = (args.w_min + args.w_max) / 2 + 1
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
@@ -238,8 +246,7 @@ def parse_args(argv=None):
     for add_group in (add_model_args, add_data_args, add_method_args, add_training_args, add_output_args):
         add_group(parser)
     args = parser.parse_args(argv)
-    if args.w_min > args.w_max:
-        parser.error(f"--w_min {args.w_min} is above --w_max {args.w_max}")
+    check_method_args(parser, args)
     if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
         parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
     if args.mixed_precision is None:
@@ -248,8 +255,6 @@ def parse_args(argv=None):
         args.cast_teacher_unet = args.mixed_precision != "no"
     if args.validation_resolutions is None:
         args.validation_resolutions = [[args.resolution, args.resolution]]
-    if args.validation_guidance_scale is None:
-        args.validation_guidance_scale = (args.w_min + args.w_max) / 2 + 1
     return args
 
 
@@ -722,7 +727,7 @@ def distance(a, b, loss_type, huber_c):
 
 # --------------------------------------------------------------------- method · copied from train_lcm_distill_sd_wds.py
 # Variant of train_lcm_distill_sd_wds.py: the method
-METHOD, TAG, CALL = ("latent consistency LoRA (arXiv:2311.05556)", "latent-consistency-model",
+METHOD, TAG, CALL = ("latent consistency LoRA (arXiv:2311.05556)", "lora, latent-consistency-model",
                      "num_inference_steps=4, guidance_scale=1")  # fmt: skip
 # Variant of train_tcd_distill_lora_sd_wds.py: SDXL
 PIPELINE, SCHEDULER = StableDiffusionXLPipeline, LCMScheduler
@@ -1013,7 +1018,7 @@ def decode_latents(vae, latents):
 # Variant of train_lcm_distill_sd_wds.py: two text encoders
 @torch.no_grad()
 def encode_prompts(models, captions):
-    """Captions → tokens of both encoders (batch, tokens, width) and the second one's pooled embedding (batch, width)."""
+    """Captions → tokens of both encoders (batch, tokens, width) and the second's pooled embedding (batch, width)."""
     found = []
     for tokenizer, encoder in zip(models.tokenizer, models.text_encoder, strict=True):
         length = tokenizer.model_max_length
@@ -1209,28 +1214,13 @@ def publish(run, patterns):
 
 
 # Copied from train_tcd_distill_lora_sd_wds.py
-def model_card(args, has_samples):
-    """The README.md of the exported LoRA: usage, samples, arguments, base model and its licence."""
-    base, licence = args.pretrained_teacher_model, "unknown"
-    with contextlib.suppress(Exception):  # no card, or no network: the licence is then for the reader to look up
-        card = Path(base, "README.md") if os.path.isdir(base) else base
-        licence = ModelCard.load(card, ignore_metadata_errors=True).data.license or licence
-    return f"""---
-license: {licence}
-base_model: {base}
-library_name: diffusers
-tags: [text-to-image, stable-diffusion, lora, {TAG}]
----
-
-# {Path(args.output_dir).resolve().name}
-
-A {METHOD} distilled from `{base}` (licence: {licence}) for 1 to 8 steps:
-
-```python
+def usage(args):
+    """The part of the model card that says how to use the LoRA."""
+    return f"""```python
 from diffusers import DiffusionPipeline, {SCHEDULER.__name__}
 
 repository = "{args.hub_model_id or args.output_dir}"
-pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained("{args.pretrained_teacher_model}")
 pipe.load_lora_weights(repository, weight_name="pytorch_lora_weights.safetensors")
 pipe.scheduler = {SCHEDULER.__name__}.from_pretrained(repository, subfolder="scheduler")
 prompt = "{load_prompts(args)[0][0]}"
@@ -1239,7 +1229,27 @@ image = pipe(prompt, {CALL}).images[0]
 
 It was trained on guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}, so it is used without guidance.
 `pytorch_lora_weights.safetensors` is the EMA adapter, `pytorch_lora_weights_online.safetensors` the one that the
-optimizer moved, `*_kohya.safetensors` the EMA one for ComfyUI and A1111.
+optimizer moved, `*_kohya.safetensors` the EMA one for ComfyUI and A1111."""
+
+
+def model_card(args, has_samples):
+    """The README.md of the exported model: usage, samples, arguments, base model and its licence."""
+    base, licence = args.pretrained_teacher_model, "unknown"
+    with contextlib.suppress(Exception):  # no card, or no network: the licence is then for the reader to look up
+        card = Path(base, "README.md") if os.path.isdir(base) else base
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.license or licence
+    return f"""---
+license: {licence}
+base_model: {base}
+library_name: diffusers
+tags: [text-to-image, stable-diffusion, {TAG}]
+---
+
+# {Path(args.output_dir).resolve().name}
+
+A {METHOD} distilled from `{base}` (licence: {licence}) for 1 to 8 steps:
+
+{usage(args)}
 {"![Teacher and student side by side](samples.png)" if has_samples else ""}
 
 Arguments:

@@ -191,6 +191,14 @@ def add_output_args(parser):
     add("--hub_token", help="token for the upload; never written to any file")
 
 
+def check_method_args(parser, args):
+    """Checks the method's arguments, and fills in what depends on others."""
+    if args.w_min > args.w_max:
+        parser.error(f"--w_min {args.w_min} is above --w_max {args.w_max}")
+    if args.validation_guidance_scale is None:
+        args.validation_guidance_scale = (args.w_min + args.w_max) / 2 + 1
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
@@ -210,8 +218,7 @@ def parse_args(argv=None):
     for add_group in (add_model_args, add_data_args, add_method_args, add_training_args, add_output_args):
         add_group(parser)
     args = parser.parse_args(argv)
-    if args.w_min > args.w_max:
-        parser.error(f"--w_min {args.w_min} is above --w_max {args.w_max}")
+    check_method_args(parser, args)
     if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
         parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
     if args.mixed_precision is None:
@@ -220,8 +227,6 @@ def parse_args(argv=None):
         args.cast_teacher_unet = args.mixed_precision != "no"
     if args.validation_resolutions is None:
         args.validation_resolutions = [[args.resolution, args.resolution]]
-    if args.validation_guidance_scale is None:
-        args.validation_guidance_scale = (args.w_min + args.w_max) / 2 + 1
     return args
 
 
@@ -1061,6 +1066,20 @@ def publish(run, patterns):
                       allow_patterns=["README.md", "samples.png", *patterns])  # fmt: skip
 
 
+def usage(args):
+    """The part of the model card that says how to use the model."""
+    return f"""```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{args.hub_model_id or args.output_dir}")
+prompt = "{load_prompts(args)[0][0]}"
+image = pipe(prompt, {CALL.format(args.validation_guidance_scale)}).images[0]
+```
+
+`guidance_scale` was trained from {args.w_min + 1:g} to {args.w_max + 1:g}; negative prompts have no effect.
+`unet` is the EMA network, `unet_online` the one that the optimizer moved."""
+
+
 def model_card(args, has_samples):
     """The README.md of the exported model: usage, samples, arguments, base model and its licence."""
     base, licence = args.pretrained_teacher_model, "unknown"
@@ -1078,16 +1097,7 @@ tags: [text-to-image, stable-diffusion, {TAG}]
 
 A {METHOD} distilled from `{base}` (licence: {licence}) for 1 to 8 steps:
 
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{args.hub_model_id or args.output_dir}")
-prompt = "{load_prompts(args)[0][0]}"
-image = pipe(prompt, {CALL.format(args.validation_guidance_scale)}).images[0]
-```
-
-`guidance_scale` was trained from {args.w_min + 1:g} to {args.w_max + 1:g}; negative prompts have no effect.
-`unet` is the EMA network, `unet_online` the one that the optimizer moved.
+{usage(args)}
 {"![Teacher and student side by side](samples.png)" if has_samples else ""}
 
 Arguments:
