@@ -1352,7 +1352,8 @@ def train_step(run):
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm)
                 optimizer_step(run, grad_norm)
-    torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
+    with torch.no_grad():
+        torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
     run.history.append(torch.stack([loss_sum, grad_norm]))
 
 
