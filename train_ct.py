@@ -1,0 +1,1780 @@
+#!/usr/bin/env python
+# Copyright 2026 the authors of this repository. Licensed under the Apache License, Version 2.0.
+"""Consistency training of Stable Diffusion 1.x/2.x without a teacher, into a U-Net or a LoRA.
+
+Consistency training (Song et al., arXiv:2303.01469, Algorithm 3; Song & Dhariwal, iCT, arXiv:2310.14189; Geng et al.,
+ECT, arXiv:2406.14548) teaches f to say the same of x_0 at two times t > r of one noising path. What a teacher would
+tell, the sample itself tells: both points share x_0 and ε. With x_t = α_t x_0 + σ_t ε and the noise level σ̃ = σ/α:
+
+    (t, r) of the curriculum at this step,  ε ~ N(0, I)
+    loss = λ(t, r) d(f_θ(x_t, c, t), stopgrad f_θ⁻(x_r, c, r))               at r = 0 the target is x_0 itself
+    f(x, t) = c_skip(t) x + c_out(t) x̂_0(x, t)                               c_skip(0) = 1, c_out(0) = 0
+
+    --discretization fixed   r = prev(t) on the grid τ_i = (i+1)·(T//N) − 1
+                     ict     min(s0·2^⌊k/K'⌋, s1) levels at step k of K, K' = ⌊K/(log2⌊s1/s0⌋ + 1)⌋, r the next one
+                     ect     r̃ = t̃·(1 − q^(−stage−1)·(1 + k·sigmoid(−b·t̃))) on σ̃, stage + 1 every --ect_stage_steps
+    --timestep_sampling lognormal   P(t_i) ~ erf((log σ̃_i − m)/(√2 s)) − erf((log σ̃_{i−1} − m)/(√2 s)), iCT eq. 10
+    --loss_type pseudo_huber        d = sqrt(‖·‖² + c²) − c for each sample, c = 0.00054·sqrt(dimension)
+    --loss_weighting ict            λ = 1/(σ̃_t − σ̃_r)
+
+θ⁻ is θ (--ema_decay 0, iCT §3.2), or its average. Dropout, where the U-Net has any, masks the same in both branches.
+Launch with
+
+    accelerate launch train_ct.py --pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --train_shards_path_or_url="cc12m/{00000..01242}.tar" --max_train_samples=12000000 --max_train_steps=10000 \
+        --train_batch_size=24 --mixed_precision=bf16 --gradient_checkpointing --output_dir=ct-sd15
+
+`output_dir` then holds a StableDiffusionPipeline with a matching LCMScheduler, or with --lora_rank a LoRA for
+diffusers, ComfyUI and A1111. `consistency_gap` in metrics.jsonl tells whether f becomes consistent; `fidelity/*`
+compares with the model that the run started from, as a reference. A run that was stopped goes on with
+`--resume_from_checkpoint=latest`, and ends in the very weights of a run that was not.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import tarfile
+import tempfile
+import textwrap
+import time
+import urllib.request
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import (
+    AutoencoderKL,
+    BitsAndBytesConfig,
+    DDPMScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.optimization import get_scheduler
+from diffusers.utils import convert_state_dict_to_kohya
+from huggingface_hub import ModelCard, create_repo, upload_folder
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, CLIPTextModel
+from webdataset.gopen import Pipe, gopen
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys
+
+# ------------------------------------------------------------------ arguments · copied from train_lcm_distill_sd_wds.py
+logger = logging.getLogger("train")
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
+INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST  # which is exact in PIL
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
+                   "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
+
+
+def fail(message):
+    """Ends the process with one line that says what to do, instead of a traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number within [low, high]."""
+
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {low} … {high}")
+        return value
+
+    return parse
+
+
+def sizes(text):
+    """An argparse type: WIDTHxHEIGHT,… → [[width, height], …]."""
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) for size in text.lower().split(",")]
+    if None in found:
+        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT or several of them, parted by commas")
+    return [[int(side) for side in size.groups()] for size in found]
+
+
+# Variant of train_cd_multiboundary.py: no teacher
+def add_model_args(parser):
+    add = parser.add_argument_group("models").add_argument
+    add("--pretrained_teacher_model", "--pretrained_model_name_or_path", required=True,
+        help="hub id or folder of the pipeline to start from")  # fmt: skip
+    add("--from_scratch", action="store_true", help="start from a random U-Net of that pipeline's configuration")
+    add("--dropout", type=number(float, 0, 1), help="dropout of the U-Net (default: as configured)")
+    add("--pretrained_vae_model_name_or_path", help="another VAE: hub id or folder")
+    add("--teacher_revision", help="revision of the teacher's repository")
+    add("--revision", help="revision of the VAE's repository (--pretrained_vae_model_name_or_path)")
+    add("--cache_dir", help="where downloaded models are kept")
+    add(
+        "--cast_teacher_unet",
+        action=argparse.BooleanOptionalAction,
+        help="base of a LoRA in the compute precision (default)",
+    )
+    add(
+        "--base_precision",
+        default="none",
+        choices=["none", "int8", "nf4"],
+        help="quantise the base of a LoRA by bitsandbytes",
+    )
+    add("--init_from", help="start from the output folder of an earlier run")
+    add("--lora_rank", type=number(int, 0), default=0, help="rank of the adapter; 0: the whole U-Net is trained")
+    add("--lora_alpha", type=float, help="its scale is alpha / rank (default: the rank)")
+    add("--lora_dropout", type=number(float, 0, 1), default=0.0, help="dropout of the adapter's input")
+    add("--lora_target_modules", nargs="+", metavar="NAME", help="layers, by the end of their names (default: "
+        "attention, feed-forward, convolutions, time projections)")  # fmt: skip
+    add("--init_lora", help="go on from this LoRA: hub id, folder or file; its rank and layers count")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's sdpa")
+    add("--compile", action="store_true", help="torch.compile the U-Nets: minutes at the start, faster afterwards")
+
+
+def add_data_args(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--train_shards_path_or_url", nargs="+", required=True, metavar="SHARDS",
+        help="tar shards: brace patterns, paths, URLs, pipe: commands, or a .txt list with one a line")  # fmt: skip
+    add("--max_train_samples", type=number(int, 1), help="samples in an epoch (default: counted, if shards are files)")
+    add("--resolution", type=number(int, 1), default=512, help="side of the square training images, in pixels")
+    add("--interpolation_type", default="bilinear", choices=sorted(INTERPOLATION), help="filter of the resize")
+    add("--center_crop", action="store_true", help="crop the centre instead of a random place")
+    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--proportion_empty_prompts", type=number(float, 0, 1), default=0.0, help="share of captions replaced by ''")
+    add("--min_image_size", type=number(int, 0), default=0, help="skip samples whose JSON gives a smaller side")
+    add("--max_pwatermark", type=float, default=0.5, help="skip samples whose JSON gives a higher pwatermark")
+    add("--max_bad_samples", type=number(float, 0, 1), default=0.5, help="stop if more of 1,000 samples are broken")
+    add("--shuffle_buffer_size", type=number(int, 1), default=1000, help="undecoded samples a loader worker shuffles")
+    add("--shard_timeout", type=float, default=60.0, help="seconds without data until a URL or pipe is given up")
+    add("--dataloader_num_workers", type=number(int, 0), default=4, help="loader processes for each rank")
+
+
+# Variant of train_lcm_distill_sd_wds.py: consistency training
+def add_method_args(parser):
+    add = parser.add_argument_group("consistency training").add_argument
+    add("--discretization", default="ict", choices=["fixed", "ict", "ect"], help="how r follows from t, and the step")
+    add("--timestep_sampling", default="lognormal", choices=["uniform", "lognormal"], help="distribution of t")
+    add("--loss_type", default="pseudo_huber", choices=["l2", "huber", "pseudo_huber"], help="distance d")
+    add("--huber_c", type=float, default=0.001, help="c of huber, elementwise: sqrt(d² + c²) − c")
+    add("--pseudo_huber_c", type=float, default=0.00054, help="c / sqrt(dimension) of pseudo_huber, for each sample")
+    add("--loss_weighting", default="ict", choices=["none", "ict"], help="λ = 1, or 1/(σ̃_t − σ̃_r)")
+    add(
+        "--num_ddim_timesteps", type=number(int, 1), default=50, help="N, points of the fixed grid and of the sampler's"
+    )
+    add("--ict_s0", type=number(int, 2), default=10, help="levels at the beginning")
+    add("--ict_s1", type=number(int, 2), default=1280, help="levels at the end, at most as many as the model has steps")
+    add("--ect_q", type=number(float, 1), default=2.0, help="how fast r comes closer to t from stage to stage")
+    add("--ect_k", type=float, default=8.0, help="how much closer to 0 r is at low noise")
+    add("--ect_b", type=float, default=1.0, help="where noise begins to be low")
+    add("--ect_stage_steps", type=number(int, 1), default=1000, help="steps in a stage")
+    add("--lognormal_mean", type=float, default=-1.1, help="m, of log σ̃")
+    add("--lognormal_std", type=number(float, 1e-6), default=2.0, help="s, of log σ̃")
+    add("--ema_decay", type=number(float, 0, 1), default=0.0, help="decay of the target network θ⁻; 0: θ itself")
+    add("--timestep_scaling_factor", type=float, default=10.0, help="s in c_skip and c_out")
+
+
+def add_training_args(parser):
+    add = parser.add_argument_group("training").add_argument
+    add("--seed", type=int, default=0, help="of data order, noise, timesteps and guidance weights")
+    add("--train_batch_size", type=number(int, 1), default=16, help="images a process and micro-step")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-steps in an optimizer step")
+    add("--num_train_epochs", type=number(int, 1), default=100, help="epochs, where --max_train_steps is not given")
+    add("--max_train_steps", type=number(int, 1), help="optimizer steps in all")
+    add("--learning_rate", type=float, default=8e-6, help="peak learning rate")
+    add("--scale_lr", action="store_true", help="multiply it by batch size × accumulation × processes")
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="schedule of the learning rate")
+    add("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of linear warm-up (not for 'constant')")
+    add("--use_8bit_adam", action="store_true", help="bitsandbytes AdamW8bit: a quarter of the optimizer's memory")
+    add("--adam_beta1", type=number(float, 0, 1), default=0.9, help="decay of the first moment")
+    add("--adam_beta2", type=number(float, 0, 1), default=0.999, help="decay of the second moment")
+    add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
+    add("--adam_epsilon", type=float, default=1e-8, help="epsilon of Adam")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add("--mixed_precision", choices=list(DTYPES), help="default: as `accelerate config` says")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
+    add("--vae_encode_batch_size", type=number(int, 1), default=32, help="images the VAE encodes at once")
+
+
+# Variant of train_cd_multiboundary.py: other names
+def add_output_args(parser):
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="ct", help="folder of the run")
+    add("--logging_dir", default="logs", help="tracker files, below --output_dir")
+    add("--logging_steps", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (a host sync)")
+    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "all", "none"], help="trackers")
+    add("--tracker_project_name", default="ct", help="project in the trackers")
+    add("--checkpointing_steps", type=number(int, 0), default=500, help="steps between checkpoints (0: none)")
+    add("--checkpoints_total_limit", type=number(int, 1), help="checkpoints to keep")
+    add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
+    add("--validation_steps", type=number(int, 0), default=200, help="steps between validations (0: none)")
+    add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line")
+    add("--validation_negative_prompt", default="", help="negative prompt of the teacher in validation")
+    add("--validation_guidance_scale", type=number(float, 1), default=1.0, help="of the starting model in validation")
+    add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")
+    add("--validation_resolutions", type=sizes, help="WIDTHxHEIGHT,… of the pictures (default: --resolution)")
+    add("--num_validation_images", type=number(int, 1), default=2, help="seeds for each prompt, for the fidelity")
+    add("--export_fused", action="store_true", help="with a LoRA: also a whole pipeline, merged, in fused/")
+    add("--push_to_hub", action="store_true", help="upload the exported pipeline or LoRA")
+    add("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
+    add("--hub_token", help="token for the upload; never written to any file")
+
+
+# Variant of train_lcm_distill_sd_wds.py: consistency training
+def check_method_args(parser, args):
+    """Checks the method's arguments, and fills in what depends on others."""
+    if args.ict_s0 > args.ict_s1:
+        parser.error(f"--ict_s0 {args.ict_s0} is above --ict_s1 {args.ict_s1}")
+    if args.from_scratch and (args.lora_rank or args.init_from):
+        parser.error("--from_scratch trains a whole random U-Net: without --lora_rank and --init_from")
+    if args.init_from and not Path(args.init_from).is_dir():
+        parser.error(f"--init_from {args.init_from} is no folder")
+    if args.init_from and args.lora_rank:
+        args.init_lora = args.init_lora or args.init_from
+    if args.init_lora and not args.lora_rank:
+        parser.error("--init_lora needs --lora_rank")
+    if args.dropout is not None and args.lora_rank:
+        parser.error("--dropout is that of a whole U-Net; with --lora_rank give --lora_dropout")
+    if args.base_precision != "none" and not args.lora_rank:
+        parser.error("--base_precision quantises the base of a LoRA: give --lora_rank too")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        is_empty = action.default is None or action.default is False or action.default == ""
+        return action.help if is_empty else super()._get_help_string(action)
+
+
+def parse_args(argv=None):
+    """Reads the command line and refuses what can be known to be wrong without opening a file."""
+    formatter = functools.partial(HelpFormatter, max_help_position=44, width=120)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@",
+        usage="%(prog)s --pretrained_teacher_model MODEL --train_shards_path_or_url SHARDS [flags] [@file-with-flags]",
+    )  # fmt: skip
+    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    for add_group in (add_model_args, add_data_args, add_method_args, add_training_args, add_output_args):
+        add_group(parser)
+    args = parser.parse_args(argv)
+    check_method_args(parser, args)
+    if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
+        parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
+    if args.mixed_precision is None:
+        args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.cast_teacher_unet is None:
+        args.cast_teacher_unet = args.mixed_precision != "no"
+    if args.validation_resolutions is None:
+        args.validation_resolutions = [[args.resolution, args.resolution]]
+    return args
+
+
+def check_environment(args):
+    """Refuses what this machine cannot do: a folder it cannot write, fp16 without a GPU, packages that are missing."""
+    output, xformers = Path(args.output_dir), args.enable_xformers_memory_efficient_attention
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        fail(f"--output_dir {output} cannot be written: {error}")
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
+    if xformers and not torch.cuda.is_available():
+        fail("--enable_xformers_memory_efficient_attention needs a GPU; without it PyTorch's attention is used")
+    wanted = {"wandb": args.report_to in ("wandb", "all"), "tensorboard": args.report_to in ("tensorboard", "all"),
+              "bitsandbytes": args.use_8bit_adam, "xformers": xformers}  # fmt: skip
+    for package in (package for package, is_wanted in wanted.items() if is_wanted):
+        try:
+            __import__(package)
+        except Exception as error:
+            fail(f"a flag asks for {package}, which cannot be imported here ({error}); install it or drop the flag")
+    if not args.resume_from_checkpoint and list_checkpoints(output):
+        fail(f"--output_dir {output} holds checkpoints; --resume_from_checkpoint latest, or another folder?")
+
+
+def redact(value):
+    """Takes credentials out of shard URLs and commands before they are written anywhere."""
+    if isinstance(value, list):
+        return [redact(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"(?<=://)[^/@\s]+@|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
+    secret = r"\w*(?:token|secret|key|passw|passwd|auth|sig|credential|jwt)\w*"
+    value = re.sub(rf"(?i)({secret}\s*[:= ]\s*)(?:(?:bearer|basic)\s+)?[^\s&'\"]+", r"\1…", value)
+    return re.sub(r"hf_\w{8,}", "…", value)
+
+
+def public_args(args):
+    """The arguments as they may be written to files and trackers: without tokens."""
+    prompts = ("validation_prompts", "validation_negative_prompt")
+    return {k: v if k in prompts else redact(v) for k, v in vars(args).items() if k != "hub_token"}
+
+
+# ----------------------------------------------------------------------- data · copied from train_lcm_distill_sd_wds.py
+IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
+MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json"}  # nothing else of a shard is ever read
+MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
+FILTERS = ("below min_image_size", "above max_pwatermark")
+FAULTS = ("unreadable shard", "duplicate member", "no image", "no caption", "broken image", "image too large")
+
+
+class BadSample(Exception):
+    """A sample that is skipped; `args` are one of FILTERS or FAULTS, and a detail for the log."""
+
+
+class ShardReader:
+    """Reads the process that webdataset starts for a URL or pipe; raises TimeoutError after `timeout` idle seconds."""
+
+    def __init__(self, pipe, timeout):
+        self.pipe, self.timeout = pipe, timeout
+
+    def read(self, size):
+        if not select.select([self.pipe.stream], [], [], self.timeout)[0]:
+            raise TimeoutError(f"no data for {self.timeout:g} s")
+        data = os.read(self.pipe.stream.fileno(), size)
+        if not data and (status := self.pipe.proc.wait(self.timeout)) != 0:
+            raise OSError(f"command ended with status {status}")
+        return data
+
+    def close(self):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a shell's children outlive it
+            for child in psutil.Process(self.pipe.proc.pid).children(recursive=True):
+                child.kill()
+        self.pipe.proc.kill()
+        self.pipe.stream.close()
+        self.pipe.proc.wait()
+
+
+def read_members(stream, url):
+    """Yields the wanted members of a tar, as webdataset does; raises OSError where the end mark is missing."""
+    with tarfile.open(fileobj=stream, mode="r|*") as shard:
+        for member in shard:
+            is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
+            if member.isreg() and not is_hidden and member.name.rsplit(".", 1)[-1].lower() in MEMBERS:
+                is_sane = member.size <= MAX_MEMBER_BYTES and not member.issparse()
+                data = shard.extractfile(member).read() if is_sane else b""
+                yield {"fname": member.name, "data": data, "__url__": url}
+            shard.members = []  # tarfile would keep them all
+        if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
+            raise OSError("the archive ends early")
+
+
+def read_shard(url, timeout, tries=3):
+    """Yields the undecoded samples of a shard: dicts of member name → bytes, plus `__key__`.
+
+    URLs and pipes that fail are opened again, after 1 and 2 seconds, and read on from where they broke off. A shard
+    that fails for good, and a member that stands twice, is yielded as a sample with a `__fault__`, to be counted.
+    """
+
+    def note_duplicate(error):
+        faults.append({"__key__": url, "__fault__": BadSample("duplicate member", str(error.args[0]))})
+        return True
+
+    done, faults = 0, []
+    tries = tries if url.startswith("pipe:") or "://" in url else 1
+    for attempt in range(tries):
+        faults.clear()
+        try:
+            stream = gopen(url, "rb")
+            with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
+                for index, sample in enumerate(group_by_keys(read_members(stream, url), handler=note_duplicate)):
+                    if index == done:
+                        done += 1
+                        yield sample
+                while stream.read(1 << 16):  # past the archive's end: a command's exit status counts too
+                    pass
+            break
+        except Exception as error:  # tarfile, its decompressors and the opener raise many kinds
+            if attempt + 1 < tries:
+                time.sleep(2**attempt)
+            else:
+                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(str(error)))})
+    yield from faults
+
+
+def shuffled(samples, size, rng):
+    """Shuffles an iterator through a buffer of `size` items."""
+    buffer = []
+    for sample in samples:
+        buffer.append(sample)
+        if len(buffer) >= size:
+            index = rng.randrange(len(buffer))
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            yield buffer.pop()
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def to_rgb(image):
+    """Converts every PIL mode to RGB: 16-bit grey scaled, transparency over white, CMYK and palettes resolved."""
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def load_image(data, resolution, resample):
+    """Decodes image bytes, upright and in RGB, so that the shorter side has `resolution` pixels.
+
+    JPEGs are decoded at reduced size where that suffices. Returns the image and its size (width, height) before the
+    resize. Raises BadSample.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        size, scale = image.size, resolution / min(image.size)
+        too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
+        if not too_large:
+            image.draft(None, [math.ceil(side * scale) for side in size])
+            image = to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # decoders raise almost anything on damaged data
+        raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
+    if too_large:
+        raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
+    if (image.width < image.height) != (size[0] < size[1]):
+        size = size[::-1]
+    return image.resize([max(resolution, round(side * scale)) for side in size], resample), size
+
+
+def read_captions(sample, info):
+    """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
+    captions = [sample[name].decode("utf-8", errors="replace") for name in CAPTION_MEMBERS if name in sample]
+    values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
+    if not captions and values:
+        captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
+    return [caption.encode("utf-8", "replace").decode().strip() for caption in captions]  # no lone surrogates
+
+
+def check_filters(info, args):
+    """Applies the size and watermark filters to a sample's JSON. What is missing or not a number never rejects."""
+    numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
+    for side in ("width", "height"):
+        if (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
+            raise BadSample("below min_image_size", f"{side} {size}")
+    if (pwatermark := numbers.get("pwatermark", -math.inf)) > args.max_pwatermark:
+        raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
+
+
+def decode_sample(sample, args, rng):
+    """Decodes a sample; gives `pixel_values`, uint8 (3, resolution, resolution), and `captions`, one text.
+
+    Raises BadSample. `rng` decides caption, caption dropout, crop and flip, always with the same number of draws.
+    """
+    pick, drop, left, top, flip = (rng.random() for _ in range(5))
+    if "__fault__" in sample:
+        raise sample["__fault__"]
+    try:
+        info = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        info = {}
+    info = info if isinstance(info, dict) else {}
+    check_filters(info, args)
+    found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
+    data = next((sample[name] for name in IMAGE_MEMBERS if name in sample), None)
+    if data is None:
+        raise BadSample("no image", f"needed: {', '.join(IMAGE_MEMBERS)}; found: {found}")
+    captions = read_captions(sample, info)
+    if not captions:
+        raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} or caption in the json; found: {found}")
+    caption = captions[int(pick * len(captions))] if drop >= args.proportion_empty_prompts else ""
+    image, _ = load_image(data, args.resolution, INTERPOLATION[args.interpolation_type])
+    left, top = (0.5, 0.5) if args.center_crop else (left, top)
+    x, y = int(left * (image.width - args.resolution + 1)), int(top * (image.height - args.resolution + 1))
+    image = image.crop((x, y, x + args.resolution, y + args.resolution))
+    if args.random_flip and flip < 0.5:
+        image = ImageOps.mirror(image)
+    return {"pixel_values": torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), "captions": caption}
+
+
+class ShardStream(torch.utils.data.IterableDataset):
+    """An endless, exactly resumable stream of batches over shards: a pure function of (seed, position).
+
+    Shard position p means shard permutation(epoch = p // S)[p % S], seeded by (seed, epoch). The stream's items are
+    `leftover` (positions with the number of samples already used) and then all positions from `next` on; global worker
+    g of G takes the items g, g + G, …. The cursor of a worker, (item, sample), is what it will read next; samples are
+    counted in the shard's shuffled order, which depends on (seed, p) alone, as does every random choice in decoding.
+
+    `state` is None, or `stream` of a checkpoint's state.json. A batch is a dict: what decode_sample gives, as
+    tensors and lists; worker, cursor, skipped (counts by reason), details (an example of each); or it has an `error`.
+    """
+
+    def __init__(self, urls, args, rank=0, world_size=1, state=None):
+        self.urls, self.args, self.rank = urls, args, rank
+        self.num_workers = max(1, args.dataloader_num_workers)
+        self.state = resume_stream(state, world_size * self.num_workers)
+
+    def shard_samples(self, position, start):
+        """Yields (number, undecoded sample) of the shard at `position`, from sample `start` of its shuffled order."""
+        epoch, index = divmod(position, len(self.urls))
+        order = list(range(len(self.urls)))
+        random.Random(f"{self.args.seed}/epoch/{epoch}").shuffle(order)
+        samples = read_shard(self.urls[order[index]], self.args.shard_timeout)
+        rng = random.Random(f"{self.args.seed}/shard/{position}")
+        for count, sample in enumerate(shuffled(samples, self.args.shuffle_buffer_size, rng)):
+            if count >= start:
+                yield count, sample
+
+    def usable_samples(self, worker):
+        """Yields (decoded sample, cursor after it) for ever. Raises BadSample when too few samples are usable."""
+        recent, barren = deque(maxlen=1000), 0
+        item, start = self.state["cursors"][self.rank * self.num_workers + worker]
+        self.skipped, self.details = Counter(), {}
+        while barren <= len(self.urls):
+            position, offset = stream_item(self.state, item)
+            barren += 1
+            for index, sample in self.shard_samples(position, max(start, offset)):
+                try:
+                    rng = random.Random(f"{self.args.seed}/sample/{position}/{index}")
+                    yield decode_sample(sample, self.args, rng), (item, index + 1)
+                    recent.append(None)
+                    barren = 0
+                except BadSample as bad:
+                    self.skipped[bad.args[0]] += 1
+                    self.details.setdefault(bad.args[0], f"{redact(sample['__key__'])}: {bad.args[1]}")
+                    recent.append(bad.args[0])
+                    faults = sum(reason in FAULTS for reason in recent)
+                    if len(recent) == 1000 and (faults > 1000 * self.args.max_bad_samples or None not in recent):
+                        raise BadSample("too few of the last 1,000 samples are usable", recent) from bad
+            item, start = item + self.state["stride"], 0
+        raise BadSample("a whole epoch gave no usable sample", recent)
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        worker = ((info.id if info else 0) + self.state["turn"]) % self.num_workers
+        batch = []
+        try:
+            for sample, cursor in self.usable_samples(worker):
+                batch.append(sample)
+                if len(batch) == self.args.train_batch_size:
+                    columns = {name: [sample[name] for sample in batch] for name in sample}
+                    columns = {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in columns.items()}
+                    yield {**columns, "worker": worker, "cursor": cursor, "skipped": dict(self.skipped),
+                           "details": self.details}  # fmt: skip
+                    batch, self.skipped, self.details = [], Counter(), {}
+        except BadSample as bad:  # as an exception it would reach the user as a worker's traceback
+            message, recent = bad.args
+            reasons = "; ".join(f"{count} × {reason}" for reason, count in Counter(filter(None, recent)).most_common())
+            example = next(iter(self.details.values()), "")
+            yield {"error": f"{message} (filters? --max_bad_samples?): {reasons or 'the shards are empty'}; {example}"}
+
+
+def stream_item(state, index):
+    """Returns (shard position, samples of it already used) of the stream's item `index`."""
+    leftover = state["leftover"]
+    return tuple(leftover[index]) if index < len(leftover) else (state["next"] + index - len(leftover), 0)
+
+
+def resume_stream(state, stride):
+    """Returns the stream state with which `stride` global workers go on where the workers of `state` stopped.
+
+    With as many workers that is `state` itself: the run goes on exactly. Otherwise what was not used becomes the new
+    list of items: no sample of the epoch is repeated or lost, but their order changes.
+    """
+    if state and state["stride"] == stride:
+        return state
+    leftover, end = [], 0
+    if state:
+        logger.warning("The number of loader workers changed: no sample is repeated or lost, but their order changes.")
+        cursors = state["cursors"]
+        end = max([len(state["leftover"]), *(item + 1 for item, _ in cursors)])
+        for index in range(min(item for item, _ in cursors), end):
+            item, sample = cursors[index % len(cursors)]
+            position, offset = stream_item(state, index)
+            if index >= item:
+                leftover.append([position, max(offset, sample) if index == item else offset])
+    start = stream_item(state, end)[0] if state else 0
+    cursors = [[worker, 0] for worker in range(stride)]
+    return {"leftover": leftover, "next": start, "stride": stride, "cursors": cursors, "turn": 0}
+
+
+def outlive_signals(_worker):
+    """Keeps a loader worker alive when SIGTERM or SIGINT reach the process group: the trainer still needs its batch."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class BatchReader:
+    """Hands out the batches of a rank's ShardStream and keeps the cursor of each worker's last batch that was used."""
+
+    def __init__(self, stream, device):
+        self.stream, self.turn, self.waited = stream, stream.state["turn"], 0.0
+        self.skipped, self.named = Counter(), set()  # by reason; reasons that the log has told
+        first, workers = stream.rank * stream.num_workers, stream.args.dataloader_num_workers
+        self.cursors = [list(cursor) for cursor in stream.state["cursors"][first : first + stream.num_workers]]
+        options = {"pin_memory": device.type == "cuda", "prefetch_factor": 4 if workers else None}
+        self.loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers,
+                                                  worker_init_fn=outlive_signals, **options)  # fmt: skip
+        self.batches = None
+
+    def close(self):
+        self.batches = None  # which ends the workers
+
+    def next_batch(self):
+        start = time.perf_counter()
+        if self.batches is None:
+            self.batches = iter(self.loader)
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - start
+        if "error" in batch:
+            fail(batch["error"])
+        self.cursors[batch["worker"]] = list(batch["cursor"])
+        self.turn = (batch["worker"] + 1) % self.stream.num_workers
+        self.skipped.update(batch["skipped"])
+        for reason in batch["details"].keys() - self.named:
+            self.named.add(reason)
+            logger.warning("Skipped (%s; from now on only counted): %s", reason, batch["details"][reason])
+        return batch
+
+
+def expand_shards(patterns):
+    """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
+    urls = []
+    for pattern in patterns:
+        is_list = pattern.endswith(".txt") and not pattern.startswith("pipe:")
+        try:
+            lines = Path(pattern).read_text(encoding="utf-8").splitlines() if is_list else [pattern]
+            lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+            found = [url for line in lines for url in expand_urls(line)]
+        except (OSError, ValueError) as error:
+            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {error}")
+        if is_list and any(url.startswith("pipe:") for url in found):
+            fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
+        urls += found
+    return urls or fail("--train_shards_path_or_url names no shard")
+
+
+def check_shards(urls, args, most=100):
+    """Names every local shard that is missing and every URL (of the first `most`) that does not answer; never hangs.
+
+    Then reads the first shard until a sample is usable, and says what was found instead if it holds none.
+    """
+
+    def problem(url):
+        try:
+            if url.startswith(("http://", "https://")):
+                request = urllib.request.Request(url, headers={"Range": "bytes=0-511"})
+                urllib.request.urlopen(request, timeout=min(10.0, args.shard_timeout)).close()
+            elif not url.startswith("pipe:") and "://" not in url.removeprefix("file:"):
+                open(re.sub("^file:(//)?", "", url), "rb").close()
+        except (OSError, ValueError) as error:
+            return f"{redact(url)} ({getattr(error, 'strerror', None) or error})"
+
+    remote = [url for url in urls if "://" in url]
+    with ThreadPoolExecutor(16) as pool:
+        chosen = dict.fromkeys([url for url in urls if "://" not in url] + remote[:most])
+        problems = [text for text in pool.map(problem, chosen) if text]
+    if problems:
+        fail(f"{len(problems)} of {len(urls)} shards cannot be read: " + "; ".join(problems))
+    reasons, examples = Counter(), {}
+    for sample in read_shard(urls[0], args.shard_timeout, tries=1):
+        try:
+            decode_sample(sample, args, random.Random(0))
+            return
+        except BadSample as bad:
+            reasons[bad.args[0]] += 1
+            examples.setdefault(*bad.args)
+    text = "; ".join(f"{count} × {reason} ({examples[reason]})" for reason, count in reasons.most_common())
+    fail(f"the first shard {redact(urls[0])} holds no usable sample: {text or 'it is empty'}")
+
+
+def count_samples(urls):
+    """Counts the images in local shards from their tar headers, for runs without --max_train_samples."""
+    if any("://" in url or url.startswith("pipe:") for url in urls):
+        fail("give --max_train_steps, or --max_train_samples: samples behind URLs and pipes are not counted")
+    total = 0
+    for url in urls:
+        with tarfile.open(url) as shard:
+            total += sum(name.rsplit(".", 1)[-1].lower() in IMAGE_MEMBERS for name in shard.getnames())
+    return total
+
+
+# ------------------------------------------------------------ diffusion maths · copied from train_lcm_distill_sd_wds.py
+class Schedule:
+    """The teacher's noise schedule, always float32, and the DDIM grid τ_i = (i + 1)·(T // N) − 1, prev(τ_0) = 0.
+
+    Timesteps t, s have shape (batch,), latents and network outputs (batch, channels, height, width).
+    """
+
+    def __init__(self, scheduler, num_ddim_timesteps, device):
+        alphas_cumprod = scheduler.alphas_cumprod.to(device, torch.float32)
+        self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        self.prediction_type, self.num_train_timesteps = scheduler.config.prediction_type, len(alphas_cumprod)
+        spacing = self.num_train_timesteps // num_ddim_timesteps
+        self.grid = torch.arange(1, num_ddim_timesteps + 1, device=device) * spacing - 1
+        self.prev = F.pad(self.grid[:-1], (1, 0))
+
+    def alpha_sigma(self, t):
+        """α_t and σ_t, shape (batch, 1, 1, 1)."""
+        return self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
+
+    def jump(self, x_0, eps, s):
+        """x_s = α_s x_0 + σ_s ε: noises data, and with a prediction (x̂_0, ε̂) is the DDIM step to s."""
+        alpha, sigma = self.alpha_sigma(s)
+        return alpha * x_0 + sigma * eps
+
+    def x0_eps(self, output, x_t, t):
+        """Network output → (x̂_0, ε̂), for the three prediction types."""
+        alpha, sigma = self.alpha_sigma(t)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * output) / alpha, output
+        if self.prediction_type == "v_prediction":
+            return alpha * x_t - sigma * output, alpha * output + sigma * x_t
+        return output, (x_t - alpha * output) / sigma
+
+
+# Variant of train_lcm_distill_sd_wds.py: a value for each sample, pseudo-Huber
+def distance(a, b, args):
+    """d(a, b) of each sample, (batch,), in float32: mean square, Huber, or the pseudo-Huber norm of iCT §3.3."""
+    square = ((a.float() - b.float()) ** 2).flatten(1)
+    if args.loss_type == "pseudo_huber":
+        c = args.pseudo_huber_c * math.sqrt(square.shape[1])
+        return (square.sum(dim=1) + c**2).sqrt() - c
+    return (
+        square.mean(dim=1) if args.loss_type == "l2" else ((square + args.huber_c**2).sqrt() - args.huber_c).mean(dim=1)
+    )
+
+
+# --------------------------------------------------------------------- method · copied from train_lcm_distill_sd_wds.py
+# Variant of train_lcm_distill_sd_wds.py: the method
+METHOD, TAG, CALL = ("consistency model (arXiv:2303.01469, 2310.14189)", "consistency-training",
+                     "num_inference_steps=4, guidance_scale=1")  # fmt: skip
+# Variant of train_cd_multiboundary.py: LCMScheduler
+PIPELINE, SCHEDULER = StableDiffusionPipeline, LCMScheduler
+
+
+def make_scheduler(config, args):
+    """The stock scheduler that is exported, on the trained grid."""
+    return LCMScheduler.from_config(config, original_inference_steps=args.num_ddim_timesteps,
+                                    timestep_scaling=args.timestep_scaling_factor)  # fmt: skip
+
+
+def ict_levels(args, step, num_train_timesteps):
+    """The number of noise levels above 0 at a step, N(k) − 1 (iCT eq. 11)."""
+    length = max(1, math.floor(args.max_train_steps / (math.log2(args.ict_s1 // args.ict_s0) + 1)))
+    return min(args.ict_s0 * 2 ** (step // length), args.ict_s1, num_train_timesteps - 1)
+
+
+def curriculum(schedule, args, step):
+    """The times t, ascending, that training visits at this step, and r for each of them; both (levels,)."""
+    total, device = schedule.num_train_timesteps, schedule.grid.device
+    if args.discretization == "fixed":
+        return schedule.grid, schedule.prev
+    if args.discretization == "ict":
+        levels = ict_levels(args, step, total)
+        t = torch.arange(1, levels + 1, device=device) * (total - 1) // levels
+        return t, F.pad(t[:-1], (1, 0))
+    t = torch.arange(1, total, device=device)
+    noise = schedule.sigmas / schedule.alphas
+    share = args.ect_q ** -(step // args.ect_stage_steps + 1) * (1 + args.ect_k * torch.sigmoid(-args.ect_b * noise[t]))
+    r_noise = (noise[t] * (1 - share)).clamp_min(0)
+    above = torch.searchsorted(noise, r_noise).clamp(1, total - 1)
+    nearest = torch.where(noise[above] - r_noise < r_noise - noise[above - 1], above, above - 1)
+    return t, torch.minimum(nearest, t - 1)
+
+
+def probabilities(schedule, t, args):
+    """The probability of each of the ascending times t, (levels,); the lognormal one is iCT eq. 10."""
+    if args.timestep_sampling == "uniform":
+        return torch.full(t.shape, 1 / len(t), device=t.device)
+    noise = (schedule.sigmas / schedule.alphas).double().log()[F.pad(t, (1, 0))]
+    mass = torch.erf((noise - args.lognormal_mean) / (math.sqrt(2) * args.lognormal_std)).diff()
+    return (mass / mass.sum()).float()
+
+
+# Variant of train_lcm_distill_sd_wds.py: the curriculum
+@dataclasses.dataclass
+class Draws:
+    """All randomness of a step: noise ε (like the latents), times t and r, both (batch,), and the dropout's seed."""
+
+    eps: torch.Tensor
+    t: torch.Tensor
+    r: torch.Tensor
+    seed: int
+
+
+# Variant of train_lcm_distill_sd_wds.py: the curriculum
+def draw(x_0, schedule, args, generator, step):
+    """Makes the random draws of a step, which also decides how far the curriculum has come."""
+    batch, device = x_0.shape[0], x_0.device
+    eps = torch.randn(x_0.shape, generator=generator, device=device)
+    t, r = curriculum(schedule, args, step)
+    uniform = torch.rand(batch, generator=generator, device=device)
+    index = torch.searchsorted(probabilities(schedule, t, args).cumsum(0), uniform).clamp_max(len(t) - 1)
+    return Draws(eps, t[index], r[index], generator.initial_seed())
+
+
+# Variant of train_cd_multiboundary.py: dropout in both branches
+class Denoiser:
+    """A U-Net in the paper's terms: `net(x_t, t, c, w)` runs it in its own precision and gives its output in float32.
+
+    c: (batch, tokens, width). w (batch,) goes in as an embedding where the U-Net takes one, and is ignored elsewhere.
+    `unet` is what is called (DDP's wrapper for the student), `base` the U-Net itself. Of a U-Net with adapters
+    `adapter` is active, or none of them: the teacher.
+    """
+
+    def __init__(self, unet, base, adapter):
+        self.unet, self.base, self.adapter = unet, base, adapter
+        self.dtype, self.guidance_dim = base.conv_in.weight.dtype, base.config.time_cond_proj_dim
+
+    def __call__(self, x_t, t, c, w):
+        if self.adapter:
+            self.base.enable_adapters()
+            self.base.set_adapter(self.adapter)
+        elif hasattr(self.base, "peft_config"):
+            self.base.disable_adapters()
+        if self.guidance_dim:  # as the pipelines' get_guidance_scale_embedding
+            w = get_timestep_embedding(1000 * w.float(), self.guidance_dim, downscale_freq_shift=1).to(self.dtype)
+        condition = w if self.guidance_dim else None
+        return self.unet(x_t.to(self.dtype), t, c.to(self.dtype), timestep_cond=condition, return_dict=False)[0].float()
+
+
+def guided_prediction(teacher, schedule, x_t, t, c, uncond, w):
+    """The teacher's (x̂_0, ε̂), both guided (LCM §4.3): cond + w·(cond − uncond), in one batch of two halves.
+
+    With `uncond` None (w = 0, or a teacher that embeds w itself) the unconditional half is not run.
+    """
+    if uncond is None:
+        return schedule.x0_eps(teacher(x_t, t, c, w), x_t, t)
+    x_twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
+    output = teacher(x_twice, t_twice, torch.cat([c, uncond.expand_as(c)]), None)
+    pairs = [value.chunk(2) for value in schedule.x0_eps(output, x_twice, t_twice)]
+    return [cond + w.view(-1, 1, 1, 1) * (cond - without) for cond, without in pairs]
+
+
+def consistency_function(net, schedule, x_t, t, c, w, scaling):
+    """f(x_t, w, c, t) = c_skip(t) x_t + c_out(t) x̂_0, with f(x, 0) = x; LCM §4.1, σ_data = 0.5, `scaling` = s."""
+    x_0, _ = schedule.x0_eps(net(x_t, t, c, w), x_t, t)
+    scaled_t, sigma_data = scaling * t.view(-1, 1, 1, 1).float(), 0.5
+    c_skip = sigma_data**2 / (scaled_t**2 + sigma_data**2)
+    c_out = scaled_t / (scaled_t**2 + sigma_data**2).sqrt()
+    return c_skip * x_t + c_out * x_0
+
+
+# Variant of train_lcm_distill_sd_wds.py: no guidance
+def predict_x0(net, schedule, x_t, t, c, w, args):
+    """What a student holds for x_0, in validation."""
+    return consistency_function(net, schedule, x_t, t, c, torch.zeros_like(w), args.timestep_scaling_factor)
+
+
+def training_loss(student, target, schedule, x_0, c, draws, args):
+    """Consistency training, arXiv:2303.01469, Algorithm 3: a pure function of networks, data and draws.
+
+    x_0: latents (batch, channels, height/8, width/8); c: (batch, tokens, width).
+    """
+    w = torch.zeros(len(x_0), device=x_0.device)  # for a model that embeds a guidance weight
+    f = functools.partial(consistency_function, schedule=schedule, c=c, w=w, scaling=args.timestep_scaling_factor)
+    x_t, x_r = schedule.jump(x_0, draws.eps, draws.t), schedule.jump(x_0, draws.eps, draws.r)
+    with torch.no_grad():
+        torch.manual_seed(draws.seed)  # of the dropout, on every device
+        f_target = torch.where((draws.r == 0).view(-1, 1, 1, 1), x_0, f(target, x_t=x_r, t=draws.r))
+    torch.manual_seed(draws.seed)  # the same masks again
+    loss = distance(f(student, x_t=x_t, t=draws.t), f_target, args)
+    if args.loss_weighting == "ict":
+        noise = schedule.sigmas / schedule.alphas
+        loss = loss / (noise[draws.t] - noise[draws.r])
+    return loss.mean()
+
+
+# --------------------------------------------------------------------- models · copied from train_lcm_distill_sd_wds.py
+def check_teacher(args):
+    """Reads the teacher's configuration, refuses what is no text-to-image U-Net of SD 1.x/2.x; gives its scheduler."""
+    path = args.pretrained_teacher_model
+    source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    try:
+        parts = diffusers.DiffusionPipeline.load_config(path, **source)
+        scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **source)
+        unet = UNet2DConditionModel.load_config(path, subfolder="unet", **source) if "unet" in parts else None
+    except (OSError, ValueError) as error:
+        fail(f"--pretrained_teacher_model {path} cannot be read as a diffusers pipeline: {str(error).splitlines()[0]}")
+    if unet is None:
+        fail(f"{path}, a {parts.get('_class_name')}, has no U-Net; this script distils Stable Diffusion 1.x and 2.x")
+    if "text_encoder_2" in parts:
+        is_refiner = not parts.get("text_encoder", [None])[0]
+        fail(f"{path} is an SDXL " + ("refiner, which is no text-to-image model" if is_refiner else
+                                      "pipeline; use train_lcm_distill_lora_sdxl_wds.py"))  # fmt: skip
+    if unet["in_channels"] != unet["out_channels"]:
+        fail(f"{path} takes {unet['in_channels']} channels (in-painting, depth?), text-to-image {unet['out_channels']}")
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        fail(f"{path}: prediction type {scheduler.config.prediction_type!r} is not epsilon, v_prediction or sample")
+    steps = scheduler.config.num_train_timesteps
+    if args.num_ddim_timesteps > steps:
+        fail(f"--num_ddim_timesteps {args.num_ddim_timesteps} must lie in 1 … {steps}")
+    if rest := steps % args.num_ddim_timesteps:
+        logger.warning("--num_ddim_timesteps does not divide %d: the grid ends at t = %d", steps, steps - rest - 1)
+    return scheduler
+
+
+def load_frozen(args, dtype):
+    """Loads tokenizer, text encoder and VAE, frozen. The VAE is float32 where its config says `force_upcast`."""
+    path, source = args.pretrained_teacher_model, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **source)
+    text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **source)
+    if args.pretrained_vae_model_name_or_path:
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, revision=args.revision,
+                                            cache_dir=args.cache_dir)  # fmt: skip
+    else:
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **source)
+    vae.to(torch.float32 if vae.config.get("force_upcast") else dtype)
+    return tokenizer, text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
+
+
+# Copied from train_tcd_distill_lora_sd_wds.py
+ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+           "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
+
+
+# Copied from train_tcd_distill_lora_sd_wds.py
+def load_unet(args, dtype):
+    """Loads the teacher's U-Net, frozen: the base of both adapters. It is quantised where --base_precision says so."""
+    options = {"torch_dtype": dtype if args.cast_teacher_unet else torch.float32}
+    if args.base_precision != "none":
+        if not torch.cuda.is_available():
+            fail(f"--base_precision {args.base_precision} needs a GPU; without it the base is in the compute precision")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=args.base_precision == "int8", load_in_4bit=args.base_precision == "nf4",
+            bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)  # fmt: skip
+    path, source = args.pretrained_teacher_model, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    return UNet2DConditionModel.from_pretrained(path, subfolder="unet", **source, **options).requires_grad_(False)
+
+
+# Copied from train_tcd_distill_lora_sd_wds.py
+def add_adapters(unet, args):
+    """Adds the adapters `default`, the student, and `target`, both float32 and at first the same; returns their names.
+
+    With --ema_decay 0 the target is the student itself. A new adapter changes nothing: its second matrix is zero.
+    """
+    if args.init_lora:
+        try:
+            state, alphas, metadata = PIPELINE.lora_state_dict(
+                args.init_lora, cache_dir=args.cache_dir, unet_config=unet.config, return_lora_metadata=True
+            )
+            unet.load_lora_adapter(state, "unet", network_alphas=alphas, adapter_name="default", metadata=metadata)
+        except Exception as error:
+            fail(f"--init_lora {args.init_lora} cannot be loaded into this U-Net: {str(error).splitlines()[0]}")
+        if "default" not in getattr(unet, "peft_config", {}):
+            fail(f"--init_lora {args.init_lora} has no layer of this U-Net")
+    else:
+        layers = [name for name, _ in unet.named_modules()]
+        found = {name for name in args.lora_target_modules or ADAPTED
+                 if any(layer == name or layer.endswith(f".{name}") for layer in layers)}  # fmt: skip
+        if missing := set(args.lora_target_modules or ()) - found:
+            fail(f"--lora_target_modules: no layer's name ends in {', '.join(sorted(missing))}")
+        torch.manual_seed(args.seed)
+        unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha or args.lora_rank,
+                                    lora_dropout=args.lora_dropout, target_modules=sorted(found)))  # fmt: skip
+    names = {"student": "default", "target": "target" if args.ema_decay else "default"}
+    if args.ema_decay:
+        unet.add_adapter(copy.deepcopy(unet.peft_config["default"]), "target")
+        set_peft_model_state_dict(unet, get_peft_model_state_dict(unet, adapter_name="default"), "target")
+    for name in {*names.values()}:
+        for parameter in adapter_parameters(unet, name):
+            parameter.data = parameter.data.float()
+    unet.set_adapter("default")  # the one that is trained
+    return names
+
+
+# Copied from train_tcd_distill_lora_sd_wds.py
+def adapter_parameters(unet, name):
+    """The parameters of an adapter, in the same order for every adapter."""
+    return [value for key, value in unet.named_parameters() if re.search(rf"\.lora_[AB]\.{name}\.", key)]
+
+
+# Variant of train_cd_multiboundary.py: no teacher
+def load_models(args, scheduler, accelerator):
+    """Loads all networks of a run to the device, channels-last, with the attention and compilation asked for.
+
+    `student` and `target` are float32 and `adapters` is empty, or they are one frozen U-Net and `adapters` holds the
+    names of their adapters; `target` is `student` without EMA. The others are frozen in the compute precision;
+    `scheduler` is what is exported.
+    """
+    dtype = DTYPES[accelerator.mixed_precision]
+    try:
+        tokenizer, text_encoder, vae = load_frozen(args, dtype)
+        student, target, adapters = make_students(args, dtype)
+    except (OSError, ValueError) as error:
+        fail(f"the model, the VAE or --init_from cannot be loaded: {str(error).splitlines()[0]}")
+    sides = {"resolution": [args.resolution], "validation_resolutions": sum(args.validation_resolutions, [])}
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    for flag in (flag for flag in sides if any(side % factor for side in sides[flag])):
+        fail(f"--{flag}: {sides[flag]} must be multiples of the VAE's factor, {factor}")
+    if vae.config.latent_channels != student.config.in_channels:
+        fail(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net takes {student.config.in_channels}")
+    text_encoder.to(accelerator.device)
+    for model in {vae, student, target}:  # channels-last halves a VAE's time on a CPU, and helps tensor cores
+        model.to(accelerator.device, memory_format=torch.channels_last)
+    for model in {student, target}:
+        if args.enable_xformers_memory_efficient_attention:
+            model.enable_xformers_memory_efficient_attention()
+        if args.compile:
+            model.compile()
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    networks = {"student": student, "target": target}
+    parameters = {f"{name}_parameters": adapter_parameters(networks[name], adapters[name]) if adapters else
+                  list(networks[name].parameters()) for name in ("student", "target")}  # fmt: skip
+    schedule = Schedule(scheduler, args.num_ddim_timesteps, accelerator.device)
+    scheduler = make_scheduler(scheduler.config, args)
+    return SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, **networks, adapters=adapters,
+                           **parameters, schedule=schedule, scheduler=scheduler)  # fmt: skip
+
+
+# Variant of train_cd_multiboundary.py: no teacher
+def make_students(args, dtype):
+    """Returns student, target and the names of their adapters ({} where they are U-Nets of their own)."""
+    if args.lora_rank:
+        unet = load_unet(args, dtype)
+        return unet, unet, add_adapters(unet, args)
+    path, source = args.pretrained_teacher_model, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    path, source = (args.init_from, {}) if args.init_from else (path, source)
+    options = {} if args.dropout is None else {"dropout": args.dropout}
+    if args.from_scratch:
+        torch.manual_seed(args.seed)
+        config = {**UNet2DConditionModel.load_config(path, subfolder="unet", **source), **options}
+        student = UNet2DConditionModel.from_config(config)
+    else:
+        student = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **source, **options)
+    return student, copy.deepcopy(student).requires_grad_(False) if args.ema_decay else student, {}
+
+
+# Variant of train_cd_multiboundary.py: no teacher
+def prepare(models, optimizer, accelerator):
+    """Gives the networks and the optimizer to accelerate; returns the Denoisers by name, and the optimizer."""
+    wrapped = {"target": models.target}
+    wrapped["student"], optimizer = accelerator.prepare(models.student, optimizer)
+    if models.target is not models.student:
+        wrapped["target"] = accelerator.prepare_model(models.target, evaluation_mode=True)  # autocast as the student
+    return {
+        name: Denoiser(unet, getattr(models, name), models.adapters.get(name)) for name, unet in wrapped.items()
+    }, optimizer
+
+
+# Copied from train_cd_multiboundary.py
+def network_state(models, name):
+    """The tensors of `student` or `target` that a checkpoint holds: of the U-Net or of its adapter."""
+    unet, adapter = getattr(models, name), models.adapters.get(name)
+    state = get_peft_model_state_dict(unet, adapter_name=adapter) if adapter else unet.state_dict()
+    return {key: value.contiguous() for key, value in state.items()}
+
+
+# Copied from train_cd_multiboundary.py
+def load_network(models, name, tensors):
+    """Gives `student` or `target` the tensors of a checkpoint. Raises KeyError where they are of other layers."""
+    unet, adapter = getattr(models, name), models.adapters.get(name)
+    if tensors.keys() != network_state(models, name).keys():
+        raise KeyError("its network has other layers")
+    set_peft_model_state_dict(unet, tensors, adapter) if adapter else unet.load_state_dict(tensors)
+
+
+@torch.no_grad()
+def encode_images(vae, pixel_values, chunk, generator):
+    """uint8 pixels (batch, 3, height, width) → float32 latents (batch, channels, height/8, width/8), sampled."""
+    pixels = (pixel_values / 127.5 - 1).to(vae.dtype, memory_format=torch.channels_last)
+    latents = [vae.encode(part).latent_dist.sample(generator) for part in pixels.split(chunk)]
+    return torch.cat(latents).float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae, latents):
+    """Latents → images in [0, 1], float32 (batch, 3, height, width)."""
+    return (vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def encode_prompts(models, captions):
+    """Captions → conditioning (batch, tokens, width), in the text encoder's precision."""
+    length, encoder = models.tokenizer.model_max_length, models.text_encoder
+    tokens = models.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    tokens, has_mask = tokens.to(encoder.device), getattr(encoder.config, "use_attention_mask", False)
+    return encoder(tokens.input_ids, attention_mask=tokens.attention_mask if has_mask else None)[0]
+
+
+# ----------------------------------------------------- checkpoints and export · copied from train_lcm_distill_sd_wds.py
+COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a training step touches."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    models: SimpleNamespace  # of load_models
+    nets: dict  # Denoisers: student, target, teacher
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: object
+    reader: BatchReader
+    uncond: torch.Tensor | None
+    step: int = 0
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    stop_signal: int = 0
+    history: list = dataclasses.field(
+        default_factory=list
+    )  # (loss, grad_norm) a step since the last log, on the device
+    references: dict = dataclasses.field(default_factory=dict)  # validation pictures that training does not change
+
+
+def list_checkpoints(output):
+    """Checkpoint folders, oldest first; one that was being written when the run died has another name."""
+    found = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def save_checkpoint(run):
+    """Writes checkpoint-<step> under a temporary name, renames it when whole, and only then removes old ones.
+
+    Collective: every rank calls it. There are no random states to save: a step's draws depend on (seed, step, rank), a
+    sample's on (seed, position).
+    """
+    args, accelerator, reader = run.args, run.accelerator, run.reader
+    cursors = accelerator.gather(torch.tensor(reader.cursors, device=accelerator.device)).tolist()
+    history, skipped = gather_history(run), reduce_skipped(run)
+    if accelerator.is_main_process:
+        final, temporary = (Path(args.output_dir, f"{name}-{run.step}") for name in ("checkpoint", "tmp-checkpoint"))
+        for unfinished in Path(args.output_dir).glob("tmp-checkpoint-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        temporary.mkdir()
+        for name in ("student", "target"):
+            save_file(network_state(run.models, name), temporary / f"{name}.safetensors")
+        torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
+        state = {**{name: getattr(run, name) for name in COUNTERS}, "args": public_args(args), "skipped": skipped,
+                 "lr_scheduler": run.lr_scheduler.state_dict(), "history": history,
+                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+                 "stream": {**reader.stream.state, "cursors": cursors, "turn": reader.turn}}  # fmt: skip
+        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):  # on the disk before the name says that it is whole
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        whole = list_checkpoints(args.output_dir)
+        kept = whole[: whole.index(final) + 1]  # after it: of a run that was abandoned by resuming from an earlier one
+        for old in {*whole} - {*kept[-(args.checkpoints_total_limit or len(kept)) :]}:
+            shutil.rmtree(old)
+        logger.info("Saved %s", final)
+    accelerator.wait_for_everyone()
+
+
+def read_checkpoint(path):
+    """Returns the state of a checkpoint folder with its tensors. Raises anything if a file is missing or damaged."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    networks = {name: load_file(path / f"{name}.safetensors") for name in ("student", "target")}
+    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    return {**state, **networks, "optimizer": optimizer, "path": path}
+
+
+def find_checkpoint(args):
+    """Resolves --resume_from_checkpoint to a checkpoint's state, or to None for `latest` in a fresh output folder.
+
+    `latest` passes over damaged checkpoints, with a warning; one that is named has to be whole.
+    """
+    wanted, state, found = args.resume_from_checkpoint, None, []
+    if wanted:
+        named = Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir, wanted)
+        found = list_checkpoints(args.output_dir)[::-1] if wanted == "latest" else [named]
+    for path in found:
+        try:
+            state = read_checkpoint(path)
+            break
+        except Exception as error:
+            problem = f"checkpoint {path} is damaged or not there: {str(error).splitlines()[0]}"
+            if path == found[-1]:
+                fail(f"--resume_from_checkpoint {wanted}: {problem}")
+            logger.warning("%s; going back to the one before", problem)
+    if wanted and not state:
+        logger.warning("--resume_from_checkpoint latest: no checkpoint in %s yet, starting afresh", args.output_dir)
+    ignored = {"output_dir", "resume_from_checkpoint", "train_shards_path_or_url", "dataloader_num_workers"}
+    changed = {k for k, v in public_args(args).items() if state and state["args"].get(k, v) != v} - ignored
+    if changed:
+        logger.warning("Resuming with other values than before for: %s", ", ".join(f"--{k}" for k in sorted(changed)))
+    return state
+
+
+def load_checkpoint(run, state):
+    """Restores everything `save_checkpoint` wrote; a checkpoint that does not fit the model is named."""
+    try:
+        for name in ("student", "target"):
+            load_network(run.models, name, state[name])
+        run.optimizer.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        fail(f"checkpoint {state['path']} is of another model: {str(error).splitlines()[0]}")
+    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if run.accelerator.scaler and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.step, run.nonfinite_steps, run.nonfinite_in_a_row = (state[name] for name in COUNTERS)
+    rank, history = run.accelerator.process_index, state["history"]
+    if len(history) == run.accelerator.num_processes:
+        run.history = list(torch.tensor(history[rank], device=run.accelerator.device))
+    if rank == 0:
+        run.reader.skipped.update(state["skipped"])
+    logger.info("Resumed from %s", state["path"])
+
+
+def trim_metrics(run):
+    """Forgets the lines of metrics.jsonl that a run which did not come to its next checkpoint wrote after this step."""
+    path = Path(run.args.output_dir, "metrics.jsonl")
+    if run.accelerator.is_main_process and path.is_file():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line + "\n" for line in lines if run.step and json.loads(line)["step"] <= run.step]
+        path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
+        path.with_suffix(".tmp").rename(path)
+
+
+# Copied from train_cd_multiboundary.py
+def export(run):
+    """Writes a LoRA, or a StableDiffusionPipeline (EMA U-Net, matching scheduler) and `unet_online`; returns what to
+    upload.
+    """
+    args, output, models = run.args, Path(run.args.output_dir), run.models
+    tokenizer, text_encoder, vae = load_frozen(args, torch.float32)  # unrounded, whatever the compute precision was
+    if models.adapters:
+        return export_lora(run, vae)
+    PIPELINE(vae, text_encoder, tokenizer, models.target, models.scheduler, None, None,
+             requires_safety_checker=False).save_pretrained(output)  # fmt: skip
+    models.student.save_pretrained(output / "unet_online")
+    folders = ("unet", "unet_online", "vae", "text_encoder", "tokenizer", "scheduler")
+    return ["model_index.json", *(f"{folder}/*" for folder in folders)]
+
+
+# Copied from train_cd_multiboundary.py
+def export_lora(run, vae):
+    """Writes the EMA adapter for diffusers and for ComfyUI / A1111, the online one, and the scheduler; with
+    --export_fused a whole pipeline too. Returns what to upload.
+    """
+    args, output, config = run.args, Path(run.args.output_dir), run.models.student.peft_config["default"]
+    files = {"target": "pytorch_lora_weights.safetensors", "student": "pytorch_lora_weights_online.safetensors"}
+    for name, file in files.items():
+        PIPELINE.save_lora_weights(output, network_state(run.models, name), weight_name=file,
+                                   unet_lora_adapter_metadata=config.to_dict())  # fmt: skip
+    tensors = {f"unet.{key}": value for key, value in network_state(run.models, "target").items()}
+    kohya = {key: torch.tensor(float(config.lora_alpha)) if key.endswith(".alpha") else value
+             for key, value in convert_state_dict_to_kohya(tensors).items()}  # fmt: skip
+    save_file(kohya, output / f"{output.resolve().name}_kohya.safetensors")
+    run.models.scheduler.save_pretrained(output / "scheduler")
+    if args.export_fused:
+        source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+        path, scheduler = args.pretrained_teacher_model, run.models.scheduler
+        pipe = PIPELINE.from_pretrained(path, vae=vae, scheduler=scheduler, **source)
+        pipe.load_lora_weights(output, weight_name=files["target"])
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        pipe.save_pretrained(output / "fused")
+    return ["*.safetensors", "scheduler/*", "fused/*"]
+
+
+def publish(run, patterns):
+    """Adds the last sample grid and the model card to what was exported, and uploads that and nothing else."""
+    args, output = run.args, Path(run.args.output_dir)
+    grids = [path for path in output.glob("validation/step-*.png") if path.stem[5:].isdigit()]
+    if grids := sorted(grids, key=lambda path: int(path.stem[5:])):
+        shutil.copyfile(grids[-1], output / "samples.png")
+    (output / "README.md").write_text(model_card(args, bool(grids)), encoding="utf-8")
+    if args.push_to_hub:
+        repo_id = create_repo(args.hub_model_id or output.resolve().name, token=args.hub_token, exist_ok=True).repo_id
+        upload_folder(repo_id=repo_id, folder_path=output, token=args.hub_token, commit_message=f"Step {run.step}",
+                      allow_patterns=["README.md", "samples.png", *patterns])  # fmt: skip
+
+
+# Variant of train_cd_multiboundary.py: no guidance
+def usage(args):
+    """The part of the model card that says how to use the model."""
+    repository = args.hub_model_id or args.output_dir
+    load = f"""from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repository}")"""
+    if args.lora_rank:
+        load = f"""from diffusers import DiffusionPipeline, {SCHEDULER.__name__}
+
+repository = "{repository}"
+pipe = DiffusionPipeline.from_pretrained("{args.pretrained_teacher_model}")
+pipe.load_lora_weights(repository, weight_name="pytorch_lora_weights.safetensors")
+pipe.scheduler = {SCHEDULER.__name__}.from_pretrained(repository, subfolder="scheduler")"""
+    return f"""```python
+{load}
+prompt = "{load_prompts(args)[0][0]}"
+image = pipe(prompt, {CALL}).images[0]
+```
+
+It was trained without guidance, and is used without."""
+
+
+def model_card(args, has_samples):
+    """The README.md of the exported model: usage, samples, arguments, base model and its licence."""
+    base, licence = args.pretrained_teacher_model, "unknown"
+    with contextlib.suppress(Exception):  # no card, or no network: the licence is then for the reader to look up
+        card = Path(base, "README.md") if os.path.isdir(base) else base
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.license or licence
+    return f"""---
+license: {licence}
+base_model: {base}
+library_name: diffusers
+tags: [text-to-image, stable-diffusion, {TAG}]
+---
+
+# {Path(args.output_dir).resolve().name}
+
+A {METHOD} distilled from `{base}` (licence: {licence}) for 1 to 8 steps:
+
+{usage(args)}
+{"![Teacher and student side by side](samples.png)" if has_samples else ""}
+
+Arguments:
+
+```json
+{json.dumps(public_args(args), indent=2, ensure_ascii=False)}
+```
+"""
+
+
+# ----------------------------------------------------- validation and logging · copied from train_lcm_distill_sd_wds.py
+def load_prompts(args):
+    """Returns the validation prompts, and for each file of prompts its name → the indices of its lines."""
+    prompts, groups = [], {}
+    for entry in args.validation_prompts:
+        lines = [entry]
+        if entry.endswith(".txt"):
+            try:
+                lines = [line.strip() for line in Path(entry).read_text(encoding="utf-8").splitlines() if line.strip()]
+            except OSError as error:
+                fail(f"--validation_prompts: {entry} cannot be read: {error.strerror}")
+            groups[Path(entry).stem] = range(len(prompts), len(prompts) + len(lines))
+        prompts += lines
+    return prompts, groups
+
+
+@torch.no_grad()
+def sample_chain(predict, schedule, noise, timesteps):
+    """The deterministic chain to the last x̂_0: predict(x, t)[0] = x̂_0, the noise it implies, jump to the next time."""
+    x = noise
+    for now, then in zip(timesteps, [*timesteps[1:], None], strict=True):
+        t = torch.full((len(x),), now, device=x.device)
+        x_0 = predict(x, t)[0]
+        if then is not None:
+            alpha, sigma = schedule.alpha_sigma(t)
+            x = schedule.jump(x_0, (x - alpha * x_0) / sigma, torch.full_like(t, then))
+    return x_0
+
+
+@torch.no_grad()
+def sample_stock(net, scheduler, noise, steps, c, w, args):
+    """Pictures as users will make them: the exported scheduler, which adds fresh noise between its steps."""
+    scheduler.set_timesteps(steps, device=noise.device)
+    generator, x = torch.Generator(noise.device).manual_seed(args.seed), noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(net(x, t.expand(len(x)), c, w), t, x, generator=generator, return_dict=False)[0]
+    return x
+
+
+class Sampler:
+    """Draws the validation pictures of every network from the same noise and prompts, `chunk` at a time.
+
+    `size` is (width, height). Images are (prompts × seeds, 3, height, width), on the CPU. Its generators are its own.
+    """
+
+    def __init__(self, run, size, chunk=8):
+        args, models = run.args, run.models
+        self.run, self.chunk, self.seeds = run, chunk, args.num_validation_images
+        self.prompts, self.groups = load_prompts(args)
+        width, height = (side // 2 ** (len(models.vae.config.block_out_channels) - 1) for side in size)
+        shape = (len(self.prompts) * self.seeds, models.vae.config.latent_channels, height, width)
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(run.accelerator.device)
+        self.c = encode_prompts(models, self.prompts).repeat_interleave(self.seeds, dim=0)
+        self.uncond = encode_prompts(models, [args.validation_negative_prompt])
+
+    def images(self, name, steps, stock=False):
+        """Pictures of `teacher` (guided), `untrained` (the teacher as consistency function), `student` or `target`."""
+        args, models, net = self.run.args, self.run.models, self.run.nets["teacher" if name == "untrained" else name]
+        schedule, scheduler, weight = models.schedule, models.scheduler, args.validation_guidance_scale - 1
+        scheduler.set_timesteps(min(steps, args.num_ddim_timesteps), device=self.noise.device)
+        timesteps, parts = scheduler.timesteps.tolist(), []
+        if name == "teacher":
+            timesteps = [round(schedule.num_train_timesteps * (1 - j / steps)) - 1 for j in range(steps)]
+        for noise, c in zip(self.noise.split(self.chunk), self.c.split(self.chunk), strict=True):
+            given = {"c": c, "w": torch.full((len(noise),), weight, device=noise.device)}
+            f = functools.partial(predict_x0, net, schedule, args=args, **given)
+            uncond = self.uncond if weight and not net.guidance_dim else None
+            if stock:
+                x_0 = sample_stock(net, scheduler, noise, steps, args=args, **given)
+            elif name == "teacher":
+                guided = functools.partial(guided_prediction, net, schedule, uncond=uncond, **given)
+                x_0 = sample_chain(guided, schedule, noise, timesteps)
+            else:
+                x_0 = sample_chain(lambda x_t, t: [f(x_t, t)], schedule, noise, timesteps)  # noqa: B023
+            parts.append(decode_latents(models.vae, x_0).cpu())
+        return torch.cat(parts)
+
+
+def validate(run):
+    """Logs pictures of the EMA student beside the teacher's, and the PSNR of each network to the teacher's 50 steps."""
+    if run.accelerator.is_main_process:
+        for index, size in enumerate(run.args.validation_resolutions):
+            validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
+    run.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def starting_model(run):
+    """Lends `run.nets` the model that training started from as `teacher`: a LoRA's base, or loaded for the moment."""
+    models, args = run.models, run.args
+    unet = models.student
+    if not models.adapters:
+        source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+        unet = UNet2DConditionModel.from_pretrained(args.pretrained_teacher_model, subfolder="unet", **source)
+        unet.to(run.accelerator.device, models.vae.dtype).eval()
+    run.nets["teacher"] = Denoiser(unet, unet, None)
+    yield
+    del run.nets["teacher"]
+
+
+@torch.no_grad()
+def consistency_gap(run, images, levels=8):
+    """Mean square distance between the student's f at neighbouring ones of eight times, on fixed noising paths."""
+    models, args, device = run.models, run.args, run.accelerator.device
+    if "paths" not in images:
+        batch = next(iter(ShardStream(run.reader.stream.urls, args)))  # a stream of its own: training's is untouched
+        generator = torch.Generator(device).manual_seed(args.seed)
+        pixel_values = batch["pixel_values"].to(device)
+        x_0 = encode_images(models.vae, pixel_values, args.vae_encode_batch_size, generator)
+        eps = torch.randn(x_0.shape, generator=generator, device=device)
+        images["paths"] = x_0, eps, encode_prompts(models, batch["captions"])
+    x_0, eps, c = images["paths"]
+    found = []
+    for now in np.linspace(0, models.schedule.num_train_timesteps - 1, levels + 1)[1:].round():
+        t = torch.full((len(x_0),), int(now), device=device)
+        x_t = models.schedule.jump(x_0, eps, t)
+        found.append(predict_x0(run.nets["student"], models.schedule, x_t, t, c, t, args))
+    return torch.stack(found).diff(dim=0).square().mean().item()
+
+
+# Variant of train_lcm_distill_sd_wds.py: the starting model, the consistency gap
+def validate_size(run, size, suffix):
+    """Validates at a (width, height). Pictures of all but the first size carry the size as a `suffix`."""
+    args, steps, images = run.args, run.args.validation_num_inference_steps, run.references.setdefault(suffix, {})
+    run.models.student.eval()
+    run.models.target.eval()
+    if not images:
+        sampler = images["sampler"] = Sampler(run, size)
+        if not args.from_scratch:
+            with starting_model(run):
+                images |= {("teacher", k): sampler.images("teacher", k) for k in sorted({50, *steps})}
+                images |= {("untrained", k): sampler.images("untrained", k) for k in steps}
+    sampler, metrics = images["sampler"], {"consistency_gap": consistency_gap(run, run.references)}
+    if not args.from_scratch:
+        images |= {(name, k): sampler.images(name, k) for name in ("student", "target") for k in steps}
+        found = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
+        metrics |= {key.replace("fidelity", f"fidelity{suffix}"): value for key, value in found.items()}
+        print_fidelity(found, steps, sampler, args)
+    write_metrics(run, metrics)
+    columns = {f"start {k}": images["teacher", k] for k in (50, 4, 1) if ("teacher", k) in images}
+    columns |= {"untrained 1": images["untrained", 1]} if ("untrained", 1) in images else {}
+    columns |= {f"student {k}": sampler.images("target", k, stock=True) for k in steps}
+    grid = draw_grid({title: column[:: sampler.seeds] for title, column in columns.items()}, sampler.prompts)
+    path = Path(args.output_dir, "validation", f"step-{run.step}{suffix}.png")
+    path.parent.mkdir(exist_ok=True)
+    grid.save(path)
+    for tracker in run.accelerator.trackers:
+        kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({f"validation{suffix}": np.asarray(grid)[None]}, step=run.step, **kwargs)
+
+
+def fidelity(images, steps, groups, seeds):
+    """PSNR (dB) and sharpness against the teacher's 50 steps: `fidelity/<network>_psnr_k<k>`, also by prompt file.
+
+    Sharpness is the ratio of mean gradient magnitudes: PSNR alone rewards blur. Images are in [0, 1].
+    """
+
+    def gradient(pictures):
+        return pictures.diff(dim=2).abs().mean() + pictures.diff(dim=3).abs().mean()
+
+    metrics = {}
+    for group, prompts in groups.items():
+        chosen = [prompt * seeds + seed for prompt in prompts for seed in range(seeds)]
+        reference = images["teacher", 50][chosen]
+        for name, k in ((name, k) for name in ("teacher", "untrained", "student", "target") for k in steps):
+            pictures, suffix = images[name, k][chosen], f"k{k}/{group}".rstrip("/")
+            psnr = -10 * (pictures - reference).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
+            metrics[f"fidelity/{name}_psnr_{suffix}"] = round(psnr.mean().item(), 3)
+            metrics[f"fidelity/{name}_sharpness_{suffix}"] = round((gradient(pictures) / gradient(reference)).item(), 3)
+    return metrics
+
+
+def print_fidelity(metrics, steps, sampler, args):
+    """Prints the table of PSNRs, for all prompts or for each file of them."""
+    labels = {"teacher": "teacher, guided (2 evaluations a step)", "untrained": "untrained student",
+              "student": "student", "target": "student, EMA (exported)"}  # fmt: skip
+    lines = [f"PSNR in dB to the teacher's 50 steps: deterministic chain, guidance scale "
+             f"{args.validation_guidance_scale:g}, {len(sampler.prompts)} prompts × {sampler.seeds} seeds"]  # fmt: skip
+    for group in sampler.groups or [""]:
+        lines.append(f"{group or 'steps':42}" + "".join(f"{k:8}" for k in steps))
+        for name, label in labels.items():
+            values = [metrics[f"fidelity/{name}_psnr_" + f"k{k}/{group}".rstrip("/")] for k in steps]
+            lines.append(f"  {label:40}" + "".join(f"{value:8.2f}" for value in values))
+    tqdm.write("\n".join(lines))
+
+
+def draw_grid(columns, prompts):
+    """Draws images side by side: a row a prompt, a titled column for each entry of {title: (prompts, 3, h, w)}."""
+    height, width = next(iter(columns.values())).shape[-2:]
+    enlarged, left, top, gap = max(1, 96 / height), 150, 24, 4
+    cell = round(width * enlarged), round(height * enlarged)
+    size = (left + len(columns) * (cell[0] + gap), top + len(prompts) * (cell[1] + gap))
+    grid, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
+    pen = ImageDraw.Draw(grid)
+    for row, prompt in enumerate(prompts):
+        pen.multiline_text((gap, top + row * (cell[1] + gap)), textwrap.fill(prompt[:100], 20), "black", font)
+    for column, (title, images) in enumerate(columns.items()):
+        x = left + column * (cell[0] + gap)
+        pen.text((x, gap), title, "black", font)
+        for row, image in enumerate(images):
+            picture = Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
+            grid.paste(picture.resize(cell, Image.Resampling.BICUBIC), (x, top + row * (cell[1] + gap)))
+    return grid
+
+
+def write_metrics(run, metrics):
+    """Appends a line to metrics.jsonl and sends it to the trackers. Called on the main process."""
+    with open(Path(run.args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": run.step, **metrics}) + "\n")
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+    run.accelerator.log(numbers, step=run.step)
+
+
+def reduce_skipped(run):
+    """Skipped samples by reason, summed over the ranks."""
+    reasons = (*FILTERS, *FAULTS)
+    counts = torch.tensor([run.reader.skipped[reason] for reason in reasons], device=run.accelerator.device)
+    counts = run.accelerator.reduce(counts, "sum").tolist()
+    return {reason: count for reason, count in zip(reasons, counts, strict=True) if count}
+
+
+def gather_history(run):
+    """(loss, gradient norm) of the steps since the last log: a list (ranks, steps, 2), the same on every rank."""
+    return run.accelerator.gather(torch.stack(run.history)[None]).tolist() if run.history else []
+
+
+def log_metrics(run, clock, progress):
+    """Logs the means since the last log: the only place where a training step waits for the device.
+
+    Ends the run, on all ranks, if ten steps in a row had no finite loss.
+    """
+    args, accelerator = run.args, run.accelerator
+    losses, grad_norms = torch.tensor(gather_history(run)).mean(dim=0).T
+    # infinite gradients are usual where the fp16 scaler handles them
+    good = losses.isfinite() & (grad_norms.isfinite() | (accelerator.scaler is not None))
+    for is_good in good.tolist():
+        run.nonfinite_steps += not is_good
+        run.nonfinite_in_a_row = 0 if is_good else run.nonfinite_in_a_row + 1
+        if run.nonfinite_in_a_row == 10:
+            fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, a lower --learning_rate, and a "
+                 "VAE that does not overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
+    losses, grad_norms = losses[good], grad_norms[grad_norms.isfinite()]
+    seconds = time.perf_counter() - clock["time"]
+    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else memory
+    metrics = {"loss": losses.mean().item() if len(losses) else None,
+               "grad_norm": grad_norms.mean().item() if len(grad_norms) else None,
+               "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": batch * (run.step - clock["step"]) / seconds,
+               "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
+               "nonfinite_steps": run.nonfinite_steps, "skipped": reduce_skipped(run)}  # fmt: skip
+    run.history.clear()
+    run.reader.waited, clock["time"], clock["step"] = 0.0, time.perf_counter(), run.step
+    if accelerator.is_main_process:
+        write_metrics(run, metrics)
+        progress.set_postfix_str(f"loss {metrics['loss'] or math.nan:.4g}, {metrics['samples_per_s']:.3g} images/s")
+
+
+# -------------------------------------------------------------- training loop · copied from train_lcm_distill_sd_wds.py
+def step_generator(run, micro_step):
+    """A generator for the draws of this micro-step, different on every rank: a pure function of (seed, step, rank)."""
+    name = f"{run.args.seed}/{run.step}/{micro_step}/{run.accelerator.process_index}"
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+    torch.manual_seed(seed)  # for dropout, where a model has any
+    return torch.Generator(run.accelerator.device).manual_seed(seed)
+
+
+# Variant of train_lcm_distill_sd_wds.py: no teacher, the curriculum
+def train_step(run):
+    """One optimizer step over --gradient_accumulation_steps micro-batches, then the EMA of the target."""
+    args, accelerator, models = run.args, run.accelerator, run.models
+    models.student.train()
+    models.target.train()
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for micro_step in range(args.gradient_accumulation_steps):
+        batch, generator = run.reader.next_batch(), step_generator(run, micro_step)
+        with accelerator.accumulate(run.nets["student"].unet):
+            pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)
+            x_0 = encode_images(models.vae, pixel_values, args.vae_encode_batch_size, generator)
+            c = encode_prompts(models, batch["captions"])
+            draws = draw(x_0, models.schedule, args, generator, run.step)
+            loss = training_loss(**run.nets, schedule=models.schedule, x_0=x_0, c=c, draws=draws, args=args)
+            accelerator.backward(loss)
+            loss_sum += loss.detach() / args.gradient_accumulation_steps
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm)
+                optimizer_step(run, grad_norm)
+    with torch.no_grad():
+        torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
+    run.history.append(torch.stack([loss_sum, grad_norm]))
+
+
+def optimizer_step(run, grad_norm):
+    """Steps the optimizer unless the gradients are not finite; a fused optimizer decides that on the device."""
+    optimizer, is_bad = run.optimizer.optimizer, ~torch.isfinite(grad_norm)
+    has_scaler = run.accelerator.scaler is not None  # which skips such steps itself
+    if optimizer.defaults.get("fused") and not has_scaler:
+        optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
+    if optimizer.defaults.get("fused") or has_scaler or not is_bad:
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.lr_scheduler.step()
+
+
+def handle_signals(run):
+    """SIGTERM and SIGINT end the run after the step under way, with a checkpoint; a second one ends it at once."""
+
+    def handler(signum, _frame):
+        run.stop_signal = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, handler)
+
+
+def train(run):
+    """The loop: steps, logs, checkpoints and validations until --max_train_steps or a signal."""
+    args, accelerator = run.args, run.accelerator
+    host_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    progress = tqdm(total=args.max_train_steps, initial=run.step, disable=not accelerator.is_local_main_process,
+                    desc="Steps", unit="step", dynamic_ncols=True)  # fmt: skip
+    if args.validation_steps and run.step == 0:
+        validate(run)
+    clock = {"time": time.perf_counter(), "step": run.step}
+    while run.step < args.max_train_steps:
+        train_step(run)
+        run.step += 1
+        progress.update()
+        is_last = run.step == args.max_train_steps
+        if run.step % args.logging_steps == 0 or is_last:
+            log_metrics(run, clock, progress)
+        stop = torch.tensor(run.stop_signal)
+        if host_group:  # the ranks agree on the host, so that the device need not be waited for
+            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=host_group)
+        if args.checkpointing_steps and (run.step % args.checkpointing_steps == 0 or is_last) or stop:
+            save_checkpoint(run)
+        if stop:
+            progress.close()
+            logger.warning("Stopped by signal %d; go on with --resume_from_checkpoint latest", stop)
+            raise SystemExit(128 + int(stop))
+        if args.validation_steps and (run.step % args.validation_steps == 0 or is_last):
+            validate(run)
+    progress.close()
+
+
+# ----------------------------------------------------------------------- main · copied from train_lcm_distill_sd_wds.py
+def make_accelerator(args):
+    """Starts the processes' communication, logging and trackers."""
+    config = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, project_config=config,
+                              gradient_accumulation_steps=args.gradient_accumulation_steps,
+                              log_with=None if args.report_to == "none" else args.report_to)  # fmt: skip
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, force=True)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def make_optimizer(args, parameters, num_processes):
+    """AdamW, fused (or 8-bit), and its schedule, which is stepped once an optimizer step on every rank."""
+    scale = args.train_batch_size * args.gradient_accumulation_steps * num_processes if args.scale_lr else 1
+    settings = {"lr": args.learning_rate * scale, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
+                "weight_decay": args.adam_weight_decay}  # fmt: skip
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    else:
+        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
+
+
+# Variant of train_lcm_distill_sd_wds.py: no teacher
+def start_run(args, accelerator):
+    """Checks the inputs, loads models, data and checkpoint, and returns the Run."""
+    scheduler = check_teacher(args)
+    load_prompts(args)
+    urls = expand_shards(args.train_shards_path_or_url)
+    checkpoint = find_checkpoint(args)
+    if accelerator.is_main_process:
+        check_shards(urls, args)
+    accelerator.wait_for_everyone()
+    if args.max_train_steps is None:
+        images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        samples = args.max_train_samples or count_samples(urls)
+        args.max_train_steps = args.num_train_epochs * math.ceil(samples / images)
+    models = load_models(args, scheduler, accelerator)
+    optimizer, lr_scheduler = make_optimizer(args, models.student_parameters, accelerator.num_processes)
+    nets, optimizer = prepare(models, optimizer, accelerator)
+    rank, world_size, state = accelerator.process_index, accelerator.num_processes, checkpoint and checkpoint["stream"]
+    reader = BatchReader(ShardStream(urls, args, rank, world_size, state), accelerator.device)
+    run = Run(args, accelerator, models, nets, optimizer, lr_scheduler, reader, None)
+    if checkpoint:
+        load_checkpoint(run, checkpoint)
+    trim_metrics(run)
+    return run
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_environment(args)
+    accelerator = make_accelerator(args)
+    run = start_run(args, accelerator)
+    if accelerator.is_main_process:
+        Path(args.output_dir, "args.json").write_text(json.dumps(public_args(args), indent=2) + "\n", encoding="utf-8")
+        config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_args(args).items()}
+        accelerator.init_trackers(args.tracker_project_name, config)
+    handle_signals(run)
+    try:
+        train(run)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        fail(f"a loader worker died: {error}; is there enough memory? go on with --resume_from_checkpoint latest")
+    finally:
+        run.reader.close()
+    if accelerator.is_main_process:
+        publish(run, export(run))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
