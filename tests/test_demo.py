@@ -1,10 +1,11 @@
 """The embedded demo: its files are whole, and distilling its teacher for a few seconds already shows."""
 
 import hashlib
+import subprocess
 import tarfile
 
 import pytest
-from conftest import ROOT, read_metrics, run_main
+from conftest import ROOT, load_script, read_metrics, run_main
 
 DEMO = ROOT / "demo"
 SHARDS = sorted((DEMO / "shards").glob("*.tar"))
@@ -26,13 +27,23 @@ def test_prompts_are_captions_of_the_shards():
     assert set(category) <= {caption.rpartition(", ")[2] for caption in captions}
 
 
+SCRIPTS = {"demo": "train_lcm_distill_sd_wds", "long": "train_lcm_distill_sd_wds", "tcd": "train_tcd_distill_sd_wds",
+           "tcd-lora": "train_tcd_distill_lora_sd_wds", "cd4": "train_cd_multiboundary",
+           "cd1": "train_cd_multiboundary", "ct": "train_ct"}  # fmt: skip
+
+
 @pytest.mark.parametrize("path", sorted(DEMO.glob("*.args")), ids=lambda path: path.name)
-def test_argument_files(lcm, path, monkeypatch):
+def test_argument_files(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = lcm.parse_args([f"@{path}"])
+    script = load_script(ROOT / f"{SCRIPTS[path.stem]}.py")
+    args = script.parse_args([f"@{path}"])
     assert (ROOT / args.pretrained_teacher_model / "model_index.json").is_file()
-    assert [ROOT / url for url in lcm.expand_shards(args.train_shards_path_or_url)] == SHARDS
-    assert len(lcm.load_prompts(args)[0]) >= 8
+    assert [ROOT / url for url in script.expand_shards(args.train_shards_path_or_url)] == SHARDS
+    assert len(script.load_prompts(args)[0]) >= 8
+    target = "demo" if path.stem == "demo" else f"demo-{path.stem}"
+    assert args.output_dir == target.replace("demo", "demo/output", 1)
+    dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"{script.__name__}.py @{path.relative_to(ROOT)}\n" in dry and f"cp {args.output_dir}/samples.png" in dry
 
 
 def test_short_distillation_improves_the_pictures(lcm, tmp_path):
