@@ -79,6 +79,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -828,6 +829,16 @@ def draw(x_0, schedule, args, generator, step):
     return Draws(eps, t[index], r[index], generator.initial_seed())
 
 
+# Copied from train_tcd_distill_lora_sd_wds.py
+def select_adapter(layers, adapter):
+    """Makes LoRA layers use this one of their adapters, or with None none of them."""
+    for layer in layers:
+        if layer.disable_adapters != (adapter is None):
+            layer.enable_adapters(adapter is not None)
+        if adapter and layer.active_adapters != [adapter]:
+            layer.set_adapter(adapter)
+
+
 # Variant of train_cd_multiboundary.py: dropout in both branches
 class Denoiser:
     """A U-Net in the paper's terms: `net(x_t, t, c, w)` runs it in its own precision and gives its output in float32.
@@ -840,13 +851,10 @@ class Denoiser:
     def __init__(self, unet, base, adapter):
         self.unet, self.base, self.adapter = unet, base, adapter
         self.dtype, self.guidance_dim = base.conv_in.weight.dtype, base.config.time_cond_proj_dim
+        self.layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
 
     def __call__(self, x_t, t, c, w):
-        if self.adapter:
-            self.base.enable_adapters()
-            self.base.set_adapter(self.adapter)
-        elif hasattr(self.base, "peft_config"):
-            self.base.disable_adapters()
+        select_adapter(self.layers, self.adapter)
         if self.guidance_dim:  # as the pipelines' get_guidance_scale_embedding
             w = get_timestep_embedding(1000 * w.float(), self.guidance_dim, downscale_freq_shift=1).to(self.dtype)
         condition = w if self.guidance_dim else None

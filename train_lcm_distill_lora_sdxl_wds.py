@@ -78,6 +78,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -757,6 +758,16 @@ def draw(x_0, schedule, args, generator):
     return Draws(eps, index, w)
 
 
+# Copied from train_tcd_distill_lora_sd_wds.py
+def select_adapter(layers, adapter):
+    """Makes LoRA layers use this one of their adapters, or with None none of them."""
+    for layer in layers:
+        if layer.disable_adapters != (adapter is None):
+            layer.enable_adapters(adapter is not None)
+        if adapter and layer.active_adapters != [adapter]:
+            layer.set_adapter(adapter)
+
+
 # Variant of train_tcd_distill_lora_sd_wds.py: SDXL's conditioning
 class Denoiser:
     """The U-Net with an adapter, or with None as the teacher, in the paper's terms: `net(x_t, t, c, w)`, in float32.
@@ -769,14 +780,12 @@ class Denoiser:
     def __init__(self, unet, base, adapter):
         self.unet, self.base, self.adapter = unet, base, adapter
         self.dtype, self.guidance_dim = base.conv_in.weight.dtype, base.config.time_cond_proj_dim
+        self.layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
 
     def __call__(self, x_t, t, c, w):
-        if self.adapter is None:
-            self.base.disable_adapters()
-        else:
-            self.base.enable_adapters()
-            self.base.set_adapter(self.adapter)
-        self.base.train(torch.is_grad_enabled())  # dropout for the student in training alone
+        select_adapter(self.layers, self.adapter)
+        if self.base.training != torch.is_grad_enabled():
+            self.base.train(torch.is_grad_enabled())  # dropout for the student in training alone
         if self.guidance_dim:  # as the pipelines' get_guidance_scale_embedding
             w = get_timestep_embedding(1000 * w.float(), self.guidance_dim, downscale_freq_shift=1).to(self.dtype)
         tokens, pooled, time_ids = c
