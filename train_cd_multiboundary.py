@@ -287,6 +287,9 @@ def check_environment(args):
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         fail(f"--output_dir {output} cannot be written: {error}")
+    for kind in ("DEEPSPEED", "FSDP"):  # rank 0 alone saves checkpoints: with shards of them it would wait for ever
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true", "yes"):
+            fail(f"{kind} is not supported: use several GPUs without it, with --use_8bit_adam to save memory")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
     if xformers and not torch.cuda.is_available():
@@ -1056,8 +1059,9 @@ def encode_prompts(models, captions):
     """Captions → conditioning (batch, tokens, width), in the text encoder's precision."""
     length, encoder = models.tokenizer.model_max_length, models.text_encoder
     tokens = models.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    tokens, has_mask = tokens.to(encoder.device), getattr(encoder.config, "use_attention_mask", False)
-    return encoder(tokens.input_ids, attention_mask=tokens.attention_mask if has_mask else None)[0]
+    tokens = tokens.to(encoder.device, non_blocking=True)
+    mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+    return encoder(tokens.input_ids, attention_mask=mask)[0]
 
 
 # ----------------------------------------------------- checkpoints and export · copied from train_lcm_distill_sd_wds.py

@@ -267,6 +267,9 @@ def check_environment(args):
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         fail(f"--output_dir {output} cannot be written: {error}")
+    for kind in ("DEEPSPEED", "FSDP"):  # rank 0 alone saves checkpoints: with shards of them it would wait for ever
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true", "yes"):
+            fail(f"{kind} is not supported: use several GPUs without it, with --use_8bit_adam to save memory")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
     if xformers and not torch.cuda.is_available():
@@ -1032,7 +1035,7 @@ def encode_prompts(models, captions):
     for tokenizer, encoder in zip(models.tokenizer, models.text_encoder, strict=True):
         length = tokenizer.model_max_length
         tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        found.append(encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True))
+        found.append(encoder(tokens.input_ids.to(encoder.device, non_blocking=True), output_hidden_states=True))
     return torch.cat([output.hidden_states[-2] for output in found], dim=-1), found[-1].text_embeds
 
 
@@ -1507,7 +1510,10 @@ def train_step(run):
         with accelerator.accumulate(run.nets["student"].unet):
             pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)
             x_0 = encode_images(models.vae, pixel_values, args.vae_encode_batch_size, generator)
-            c = [*encode_prompts(models, batch["captions"]), batch["time_ids"].to(accelerator.device)]
+            c = [
+                *encode_prompts(models, batch["captions"]),
+                batch["time_ids"].to(accelerator.device, non_blocking=True),
+            ]
             draws = draw(x_0, models.schedule, args, generator)
             loss = distillation_loss(**run.nets, schedule=models.schedule, x_0=x_0, c=c, uncond=run.uncond,
                                      draws=draws, args=args)  # fmt: skip
