@@ -243,9 +243,16 @@ def check_environment(args):
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         fail(f"--output_dir {output} cannot be written: {error}")
-    for kind in ("DEEPSPEED", "FSDP"):  # rank 0 alone saves checkpoints: with shards of them it would wait for ever
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true", "yes"):
-            fail(f"{kind} is not supported: use several GPUs without it, with --use_8bit_adam to save memory")
+    is_set = {name for name, value in os.environ.items() if value.lower() in ("1", "true", "yes")}
+    for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # where rank 0, which alone saves, would wait for the others
+        if f"ACCELERATE_USE_{kind}" in is_set:
+            fail(f"{kind} is not supported; use distributed_type MULTI_GPU, and --use_8bit_adam to save memory")
+    if (
+        int(os.environ.get("WORLD_SIZE", 1)) > 1
+        and not torch.cuda.is_available()
+        and "ACCELERATE_USE_CPU" not in is_set
+    ):
+        fail("several processes without a GPU do not find each other unless ACCELERATE_USE_CPU=true is set")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
     if xformers and not torch.cuda.is_available():
