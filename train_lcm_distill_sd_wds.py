@@ -85,6 +85,11 @@ def fail(message):
     raise SystemExit(f"error: {message}")
 
 
+def first_line(error):
+    """The first line of what an exception says, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def number(kind, low, high=math.inf):
     """An argparse type: a number within [low, high]."""
 
@@ -561,7 +566,7 @@ def resume_stream(state, stride):
 
 def outlive_signals(_worker):
     """Keeps a loader worker alive when SIGTERM or SIGINT reach the process group: the trainer still needs its batch."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -798,7 +803,7 @@ def check_teacher(args):
         scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **source)
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", **source) if "unet" in parts else None
     except (OSError, ValueError) as error:
-        fail(f"--pretrained_teacher_model {path} cannot be read as a diffusers pipeline: {str(error).splitlines()[0]}")
+        fail(f"--pretrained_teacher_model {path} cannot be read as a diffusers pipeline: {first_line(error)}")
     if unet is None:
         fail(f"{path}, a {parts.get('_class_name')}, has no U-Net; this script distils Stable Diffusion 1.x and 2.x")
     if "text_encoder_2" in parts:
@@ -853,7 +858,7 @@ def load_models(args, scheduler, accelerator):
         source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
         teacher = UNet2DConditionModel.from_pretrained(args.pretrained_teacher_model, subfolder="unet", **source)
     except (OSError, ValueError) as error:
-        fail(f"the teacher or the VAE cannot be loaded: {str(error).splitlines()[0]}")
+        fail(f"the teacher or the VAE cannot be loaded: {first_line(error)}")
     sides = {"resolution": [args.resolution], "validation_resolutions": sum(args.validation_resolutions, [])}
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     for flag in (flag for flag in sides if any(side % factor for side in sides[flag])):
@@ -948,8 +953,25 @@ class Run:
 
 def list_checkpoints(output):
     """Checkpoint folders, oldest first; one that was being written when the run died has another name."""
-    found = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdigit()]
+    found = [path for path in Path(output).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def write_checkpoint(run, temporary, cursors, history, skipped):
+    """Writes the files of a checkpoint and waits until they are on the disk."""
+    temporary.mkdir()
+    for name in ("student", "target"):
+        save_file(network_state(run.models, name), temporary / f"{name}.safetensors")
+    torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
+    state = {**{name: getattr(run, name) for name in COUNTERS}, "args": public_args(run.args), "skipped": skipped,
+             "lr_scheduler": run.lr_scheduler.state_dict(), "history": history,
+             "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+             "stream": {**run.reader.stream.state, "cursors": cursors, "turn": run.reader.turn}}  # fmt: skip
+    (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):  # on the disk before the name says that it is whole
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def save_checkpoint(run):
@@ -965,19 +987,10 @@ def save_checkpoint(run):
         final, temporary = (Path(args.output_dir, f"{name}-{run.step}") for name in ("checkpoint", "tmp-checkpoint"))
         for unfinished in Path(args.output_dir).glob("tmp-checkpoint-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
-        temporary.mkdir()
-        for name in ("student", "target"):
-            save_file(network_state(run.models, name), temporary / f"{name}.safetensors")
-        torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
-        state = {**{name: getattr(run, name) for name in COUNTERS}, "args": public_args(args), "skipped": skipped,
-                 "lr_scheduler": run.lr_scheduler.state_dict(), "history": history,
-                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-                 "stream": {**reader.stream.state, "cursors": cursors, "turn": reader.turn}}  # fmt: skip
-        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):  # on the disk before the name says that it is whole
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        try:
+            write_checkpoint(run, temporary, cursors, history, skipped)
+        except Exception as error:  # a full disk: Python, safetensors and torch.save each raise another kind
+            fail(f"{final} cannot be written: {first_line(error)}; the checkpoints before it are whole")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         whole = list_checkpoints(args.output_dir)
@@ -991,6 +1004,8 @@ def save_checkpoint(run):
 def read_checkpoint(path):
     """Returns the state of a checkpoint folder with its tensors. Raises anything if a file is missing or damaged."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if missing := {*COUNTERS, "args", "skipped", "lr_scheduler", "history", "scaler", "stream"} - {*state}:
+        raise ValueError(f"state.json has no {', '.join(sorted(missing))}")
     networks = {name: load_file(path / f"{name}.safetensors") for name in ("student", "target")}
     optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     return {**state, **networks, "optimizer": optimizer, "path": path}
@@ -1010,7 +1025,7 @@ def find_checkpoint(args):
             state = read_checkpoint(path)
             break
         except Exception as error:
-            problem = f"checkpoint {path} is damaged or not there: {str(error).splitlines()[0]}"
+            problem = f"checkpoint {path} is damaged or not there: {first_line(error)}"
             if path == found[-1]:
                 fail(f"--resume_from_checkpoint {wanted}: {problem}")
             logger.warning("%s; going back to the one before", problem)
@@ -1030,7 +1045,7 @@ def load_checkpoint(run, state):
             load_network(run.models, name, state[name])
         run.optimizer.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
-        fail(f"checkpoint {state['path']} is of another model: {str(error).splitlines()[0]}")
+        fail(f"checkpoint {state['path']} is of another model: {first_line(error)}")
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -1381,11 +1396,11 @@ def optimizer_step(run, grad_norm):
 
 
 def handle_signals(run):
-    """SIGTERM and SIGINT end the run after the step under way, with a checkpoint; a second one ends it at once."""
+    """SIGTERM and SIGINT end the run after the step under way, with a checkpoint; a second SIGINT ends it at once."""
 
     def handler(signum, _frame):
         run.stop_signal = signum
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM often comes twice: from the batch system and torchrun
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, handler)
