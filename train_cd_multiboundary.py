@@ -74,7 +74,7 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
-from diffusers.utils import convert_state_dict_to_kohya
+from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -757,7 +757,7 @@ def distance(a, b, loss_type, huber_c):
 # --------------------------------------------------------------------- method · copied from train_lcm_distill_sd_wds.py
 # Variant of train_lcm_distill_sd_wds.py: the method
 METHOD, TAG, CALL = ("multi-boundary consistency model (arXiv:2303.01469, 2406.14539)", "consistency-distillation",
-                     "num_inference_steps={:d}, guidance_scale=1, eta=0")  # fmt: skip
+                     "num_inference_steps={:d}, guidance_scale={:g}, eta=0")  # fmt: skip
 # Copied from train_tcd_distill_lora_sd_wds.py
 PIPELINE, SCHEDULER = StableDiffusionPipeline, TCDScheduler
 
@@ -772,7 +772,7 @@ def find_boundaries(schedule, scheduler, num_boundaries):
     """The end time s of every grid point, (N,): the largest below it of the times a K-step sampler visits, and 0."""
     scheduler.set_timesteps(num_boundaries)
     visited = torch.tensor([0, *reversed(scheduler.timesteps.tolist())], device=schedule.grid.device)
-    return visited[torch.bucketize(schedule.grid, visited) - 1]
+    return visited[(torch.bucketize(schedule.grid, visited) - 1).clamp_min(0)]  # a grid of all times has t = 0
 
 
 @dataclasses.dataclass
@@ -943,11 +943,17 @@ def add_adapters(unet, args):
             state, alphas, metadata = PIPELINE.lora_state_dict(
                 args.init_lora, cache_dir=args.cache_dir, unet_config=unet.config, return_lora_metadata=True
             )
+            metadata = metadata and {**metadata, "lora_dropout": args.lora_dropout}
             unet.load_lora_adapter(state, "unet", network_alphas=alphas, adapter_name="default", metadata=metadata)
         except Exception as error:
             fail(f"--init_lora {args.init_lora} cannot be loaded into this U-Net: {first_line(error)}")
         if "default" not in getattr(unet, "peft_config", {}):
             fail(f"--init_lora {args.init_lora} has no layer of this U-Net")
+        state = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
+        if not any(".lora_A." in key for key in state):
+            state = convert_unet_state_dict_to_peft(state)
+        adapter_to_float32(unet, "default")
+        set_peft_model_state_dict(unet, state, "default")  # unrounded
     else:
         layers = [name for name, _ in unet.named_modules()]
         found = {name for name in args.lora_target_modules or ADAPTED
@@ -957,15 +963,22 @@ def add_adapters(unet, args):
         torch.manual_seed(args.seed)
         unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha or args.lora_rank,
                                     lora_dropout=args.lora_dropout, target_modules=sorted(found)))  # fmt: skip
+        adapter_to_float32(unet, "default")
     names = {"student": "default", "target": "target" if args.ema_decay else "default"}
     if args.ema_decay:
         unet.add_adapter(copy.deepcopy(unet.peft_config["default"]), "target")
+        adapter_to_float32(unet, "target")
         set_peft_model_state_dict(unet, get_peft_model_state_dict(unet, adapter_name="default"), "target")
-    for name in {*names.values()}:
-        for parameter in adapter_parameters(unet, name):
-            parameter.data = parameter.data.float()
     unet.set_adapter("default")  # the one that is trained
+    unet.eval()  # new layers of dropout are in training mode
     return names
+
+
+# Copied from train_tcd_distill_lora_sd_wds.py
+def adapter_to_float32(unet, name):
+    """Training is in float32, whatever the base's precision is."""
+    for parameter in adapter_parameters(unet, name):
+        parameter.data = parameter.data.float()
 
 
 # Copied from train_tcd_distill_lora_sd_wds.py
@@ -997,6 +1010,11 @@ def load_models(args, scheduler, accelerator):
     text_encoder.to(accelerator.device)
     for model in {vae, teacher, student, target}:  # channels-last halves a VAE's time on a CPU, and helps tensor cores
         model.to(accelerator.device, memory_format=torch.channels_last)
+    networks = {"student": student, "target": target}
+    parameters = {f"{name}_parameters": adapter_parameters(networks[name], adapters[name]) if adapters else
+                  list(networks[name].parameters()) for name in ("student", "target")}  # fmt: skip
+    for parameter in parameters["student_parameters"] if args.use_8bit_adam else ():
+        parameter.data = parameter.data.contiguous()  # as bitsandbytes makes it at every step
     for model in {teacher, student, target}:
         if args.enable_xformers_memory_efficient_attention:
             model.enable_xformers_memory_efficient_attention()
@@ -1004,14 +1022,11 @@ def load_models(args, scheduler, accelerator):
             model.compile()
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    networks = {"teacher": teacher, "student": student, "target": target}
-    parameters = {f"{name}_parameters": adapter_parameters(networks[name], adapters[name]) if adapters else
-                  list(networks[name].parameters()) for name in ("student", "target")}  # fmt: skip
     schedule = Schedule(scheduler, args.num_ddim_timesteps, accelerator.device)
     scheduler = make_scheduler(scheduler.config, args)
     schedule.end = find_boundaries(schedule, scheduler, args.num_boundaries)
-    return SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, **networks, adapters=adapters,
-                           **parameters, schedule=schedule, scheduler=scheduler)  # fmt: skip
+    return SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, teacher=teacher, **networks,
+                           adapters=adapters, **parameters, schedule=schedule, scheduler=scheduler)  # fmt: skip
 
 
 def make_students(teacher, args):
@@ -1241,13 +1256,17 @@ def export_lora(run, vae):
     """
     args, output, config = run.args, Path(run.args.output_dir), run.models.student.peft_config["default"]
     files = {"target": "pytorch_lora_weights.safetensors", "student": "pytorch_lora_weights_online.safetensors"}
+    metadata = {**config.to_dict(), "lora_dropout": 0.0}  # which is for training alone
     for name, file in files.items():
         PIPELINE.save_lora_weights(output, network_state(run.models, name), weight_name=file,
-                                   unet_lora_adapter_metadata=config.to_dict())  # fmt: skip
+                                   unet_lora_adapter_metadata=metadata)  # fmt: skip
     tensors = {f"unet.{key}": value for key, value in network_state(run.models, "target").items()}
-    kohya = {key: torch.tensor(float(config.lora_alpha)) if key.endswith(".alpha") else value
+    alphas = {f"lora_unet_{name.replace('.', '_')}.alpha": float(layer.lora_alpha["default"])
+              for name, layer in run.models.student.named_modules() if isinstance(layer, BaseTunerLayer)}  # fmt: skip
+    kohya = {key: torch.tensor(alphas[key]) if key in alphas else value
              for key, value in convert_state_dict_to_kohya(tensors).items()}  # fmt: skip
-    save_file(kohya, output / f"{output.resolve().name}_kohya.safetensors")
+    files["kohya"] = f"{output.resolve().name}_kohya.safetensors"
+    save_file(kohya, output / files["kohya"])
     run.models.scheduler.save_pretrained(output / "scheduler")
     if args.export_fused:
         source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
@@ -1257,7 +1276,7 @@ def export_lora(run, vae):
         pipe.fuse_lora()
         pipe.unload_lora_weights()
         pipe.save_pretrained(output / "fused")
-    return ["*.safetensors", "scheduler/*", "fused/*"]
+    return [*files.values(), "scheduler/*", "fused/*"]
 
 
 def publish(run, patterns):
@@ -1277,6 +1296,9 @@ def publish(run, patterns):
 def usage(args):
     """The part of the model card that says how to use the model."""
     repository = args.hub_model_id or args.output_dir
+    source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    teacher = UNet2DConditionModel.load_config(args.pretrained_teacher_model, subfolder="unet", **source)
+    scale = args.validation_guidance_scale if teacher.get("time_cond_proj_dim") else 1  # such a U-Net is told w
     load = f"""from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repository}")"""
@@ -1290,7 +1312,7 @@ pipe.scheduler = {SCHEDULER.__name__}.from_pretrained(repository, subfolder="sch
     return f"""```python
 {load}
 prompt = "{load_prompts(args)[0][0]}"
-image = pipe(prompt, {CALL.format(args.num_boundaries)}).images[0]
+image = pipe(prompt, {CALL.format(args.num_boundaries, scale)}).images[0]
 ```
 
 It was trained for {args.num_boundaries} deterministic steps (or a multiple), with the teacher's guidance scale
@@ -1312,7 +1334,7 @@ tags: [text-to-image, stable-diffusion, {TAG}]
 
 # {Path(args.output_dir).resolve().name}
 
-A {METHOD} distilled from `{base}` (licence: {licence}) for 1 to 8 steps:
+A {METHOD} made from `{base}` (licence: {licence}), for few steps:
 
 {usage(args)}
 {"![Teacher and student side by side](samples.png)" if has_samples else ""}
@@ -1532,7 +1554,8 @@ def log_metrics(run, clock, progress):
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else memory
-    metrics = {"loss": losses.mean().item() if len(losses) else None,
+    loss = losses.mean().item() if len(losses) else None
+    metrics = {"loss": loss,
                "grad_norm": grad_norms.mean().item() if len(grad_norms) else None,
                "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": batch * (run.step - clock["step"]) / seconds,
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
@@ -1541,7 +1564,9 @@ def log_metrics(run, clock, progress):
     run.reader.waited, clock["time"], clock["step"] = 0.0, time.perf_counter(), run.step
     if accelerator.is_main_process:
         write_metrics(run, metrics)
-        progress.set_postfix_str(f"loss {metrics['loss'] or math.nan:.4g}, {metrics['samples_per_s']:.3g} images/s")
+        progress.set_postfix_str(
+            f"loss {math.nan if loss is None else loss:.4g}, {metrics['samples_per_s']:.3g} images/s"
+        )
 
 
 # -------------------------------------------------------------- training loop · copied from train_lcm_distill_sd_wds.py

@@ -869,7 +869,8 @@ def load_models(args, scheduler, accelerator):
     teacher.to(dtype if args.cast_teacher_unet else torch.float32).requires_grad_(False).eval()
     text_encoder.to(accelerator.device)
     for model in (vae, teacher, student, target):  # channels-last halves a VAE's time on a CPU, and helps tensor cores
-        model.to(accelerator.device, memory_format=torch.channels_last)
+        is_plain = args.use_8bit_adam and model is student  # bitsandbytes makes its parameters so at every step
+        model.to(accelerator.device, memory_format=torch.contiguous_format if is_plain else torch.channels_last)
     for model in (teacher, student, target):
         if args.enable_xformers_memory_efficient_attention:
             model.enable_xformers_memory_efficient_attention()
@@ -1121,7 +1122,7 @@ tags: [text-to-image, stable-diffusion, {TAG}]
 
 # {Path(args.output_dir).resolve().name}
 
-A {METHOD} distilled from `{base}` (licence: {licence}) for 1 to 8 steps:
+A {METHOD} made from `{base}` (licence: {licence}), for few steps:
 
 {usage(args)}
 {"![Teacher and student side by side](samples.png)" if has_samples else ""}
@@ -1339,7 +1340,8 @@ def log_metrics(run, clock, progress):
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else memory
-    metrics = {"loss": losses.mean().item() if len(losses) else None,
+    loss = losses.mean().item() if len(losses) else None
+    metrics = {"loss": loss,
                "grad_norm": grad_norms.mean().item() if len(grad_norms) else None,
                "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": batch * (run.step - clock["step"]) / seconds,
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
@@ -1348,7 +1350,9 @@ def log_metrics(run, clock, progress):
     run.reader.waited, clock["time"], clock["step"] = 0.0, time.perf_counter(), run.step
     if accelerator.is_main_process:
         write_metrics(run, metrics)
-        progress.set_postfix_str(f"loss {metrics['loss'] or math.nan:.4g}, {metrics['samples_per_s']:.3g} images/s")
+        progress.set_postfix_str(
+            f"loss {math.nan if loss is None else loss:.4g}, {metrics['samples_per_s']:.3g} images/s"
+        )
 
 
 # -------------------------------------------------------------------------------------------------- training loop

@@ -1,5 +1,7 @@
 """Tiny random pipelines and shards, built here and never fetched, and the scripts imported as modules."""
 
+import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_lcm_distill_sd_wds.py"
@@ -29,11 +32,6 @@ def load_script(path):
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="session")
-def lcm():
-    return load_script(SCRIPT)
 
 
 def make_tokenizer(folder):
@@ -76,7 +74,7 @@ def make_pipeline(folder, prediction_type="epsilon", time_cond_proj_dim=None, in
     return str(folder / "pipeline")
 
 
-def make_sdxl_pipeline(folder, prediction_type="epsilon", force_zeros=True, seed=0):
+def make_sdxl_pipeline(folder, prediction_type="epsilon", time_cond_proj_dim=None, force_zeros=True, seed=0):
     """Saves a random StableDiffusionXLPipeline of some 100,000 parameters (VAE factor 2) and returns its path."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -94,13 +92,92 @@ def make_sdxl_pipeline(folder, prediction_type="epsilon", force_zeros=True, seed
                                 down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
                                 up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], use_linear_projection=True,
                                 addition_embed_type="text_time", addition_time_embed_dim=8,
-                                projection_class_embeddings_input_dim=24 + 6 * 8)  # fmt: skip
+                                projection_class_embeddings_input_dim=24 + 6 * 8,
+                                time_cond_proj_dim=time_cond_proj_dim)  # fmt: skip
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                        steps_offset=1, prediction_type=prediction_type)  # fmt: skip
     StableDiffusionXLPipeline(vae, CLIPTextModel(text), CLIPTextModelWithProjection(text), tokenizer, tokenizer, unet,
                               scheduler, force_zeros_for_empty_prompt=force_zeros,
                               add_watermarker=False).save_pretrained(folder / "pipeline")  # fmt: skip
     return str(folder / "pipeline")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A script, and what the tests that run over all scripts have to know about it."""
+
+    name: str
+    scheduler: str  # the class of the exported one
+    flags: tuple = ()  # of every run; not the defaults of the libraries
+    pipeline: object = make_pipeline  # builds a tiny teacher
+    is_lora: bool = False
+    is_sdxl: bool = False
+
+    @property
+    def path(self):
+        return ROOT / f"{self.name}.py"
+
+    def exported(self, output):
+        """The names of files and folders that a run leaves behind for users."""
+        if self.is_lora:
+            return {"README.md", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_online.safetensors",
+                    f"{Path(output).name}_kohya.safetensors", "scheduler"}  # fmt: skip
+        return {"README.md", "model_index.json", "unet", "unet_online", "vae", "text_encoder", "tokenizer", "scheduler"}
+
+    def weights(self, output, name):
+        """The exported tensors of `student` or `target`, by the names that a checkpoint has for them."""
+        online = "_online" if name == "student" else ""
+        if self.is_lora:
+            tensors = load_file(Path(output, f"pytorch_lora_weights{online}.safetensors"))
+            return {key.removeprefix("unet."): value for key, value in tensors.items()}
+        return load_file(Path(output, f"unet{online}", "diffusion_pytorch_model.safetensors"))
+
+
+LORA_FLAGS = ("--lora_rank", "4", "--lora_alpha", "6")
+SCRIPTS = {case.name: case for case in (
+    Case("train_lcm_distill_sd_wds", "LCMScheduler", ("--timestep_scaling_factor", "9")),
+    Case("train_tcd_distill_sd_wds", "TCDScheduler"),
+    Case("train_tcd_distill_lora_sd_wds", "TCDScheduler", LORA_FLAGS, is_lora=True),
+    Case("train_lcm_distill_lora_sdxl_wds", "LCMScheduler", (*LORA_FLAGS, "--timestep_scaling_factor", "9"),
+         make_sdxl_pipeline, is_lora=True, is_sdxl=True),
+)}  # fmt: skip
+
+
+@functools.cache
+def get_script(name):
+    """The imported script of this name."""
+    return load_script(SCRIPTS[name].path)
+
+
+@pytest.fixture(scope="session")
+def lcm():
+    return get_script(SCRIPT.stem)
+
+
+def label(name):
+    return name.removeprefix("train_").removesuffix("_wds").replace("_distill", "")
+
+
+@pytest.fixture(params=SCRIPTS, ids=label)
+def case(request):
+    """Each script in turn, or those that `over` names."""
+    return SCRIPTS[request.param]
+
+
+@pytest.fixture
+def script(case):
+    return get_script(case.name)
+
+
+def over(scripts, names="", values=None):
+    """Parametrises a test over these scripts, and over values: a list for all, or a list for each script."""
+    names, params = [name for name in names.split(", ") if name], []
+    for name in scripts:
+        for value in [()] if values is None else values[name] if isinstance(values, dict) else values:
+            given = value.values if hasattr(value, "values") else value if len(names) != 1 else (value,)
+            more = getattr(value, "id", None) or " ".join(str(item) for item in given if isinstance(item, (str, int)))
+            params.append(pytest.param(name, *given, id=f"{label(name)} {more}".strip()))
+    return pytest.mark.parametrize(["case", *names], params, indirect=["case"])
 
 
 def image_bytes(seed=0, size=(20, 16), kind="PNG", mode="RGB"):
@@ -136,8 +213,20 @@ def make_shards(folder, counts):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return make_pipeline(tmp_path_factory.mktemp("epsilon"))
+def make_teacher(tmp_path_factory):
+    """make_teacher(builder, **options): the path of a tiny pipeline, made once, which nothing may write to."""
+    return functools.cache(lambda builder, **options: builder(tmp_path_factory.mktemp("teacher"), **options))
+
+
+@pytest.fixture(scope="session")
+def tiny(make_teacher):
+    return make_teacher(make_pipeline)
+
+
+@pytest.fixture
+def teacher(case, make_teacher):
+    """The tiny teacher of the script."""
+    return make_teacher(case.pipeline)
 
 
 @pytest.fixture(scope="session")
@@ -179,3 +268,19 @@ def run_main(script, arguments):
         logging.root.handlers = loggers
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@pytest.fixture
+def start(script, case, teacher, shards, tmp_path):
+    """start(*more, teacher): the Run of a command line, before its first step."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def make(*more, teacher=teacher):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        output = tmp_path / "started"
+        output.mkdir(exist_ok=True)
+        args = script.parse_args(tiny_args(teacher, shards, output, *case.flags, *more))
+        return script.start_run(args, script.make_accelerator(args))
+
+    return make

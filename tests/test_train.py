@@ -1,7 +1,11 @@
-"""train_lcm_distill_sd_wds.py end to end: variants, exact resume, faults, export, validation, flags, first errors."""
+"""The scripts end to end: variants, exact resume, faults, export, validation, flags, first errors.
+
+What is copied from the first script is tested in full there, and in samples in the others.
+"""
 
 import ast
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -10,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +22,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, make_pipeline, read_metrics, run_main, run_script, tiny_args
+from conftest import (
+    SCRIPT,
+    SCRIPTS,
+    get_script,
+    over,
+    read_metrics,
+    run_main,
+    run_script,
+    tiny_args,
+)
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,30 +40,48 @@ from safetensors.torch import load_file
 QUICK_VALIDATION = "--validation_prompts a --num_validation_images 1 --validation_num_inference_steps 1".split()
 
 
-@pytest.fixture(scope="module")
-def train(lcm, tiny, shards):
+FIRST = (SCRIPT.stem,)
+SIBLINGS = tuple(name for name in SCRIPTS if name not in FIRST)
+OF_SD = tuple(name for name, case in SCRIPTS.items() if not case.is_sdxl)
+
+
+def first_and(first, others):
+    """Values for `over`: those of the first script, and those of all others."""
+    return {**dict.fromkeys(SIBLINGS, others), **dict.fromkeys(FIRST, first)}
+
+
+@pytest.fixture
+def train(case, script, teacher, shards):
     """train(output, *more, teacher, shards): four steps with a checkpoint every two; returns the output folder."""
 
-    def run(output, *more, teacher=tiny, shards=shards):
-        scaling = ("--timestep_scaling_factor", "9")  # not the default of diffusers' LCMScheduler
-        run_main(lcm, tiny_args(teacher, shards, output, "--checkpointing_steps", "2", *scaling, *more))
+    def run(output, *more, teacher=teacher, shards=shards):
+        run_main(script, tiny_args(teacher, shards, output, "--checkpointing_steps", "2", *case.flags, *more))
         return Path(output)
 
     return run
 
 
-@pytest.fixture(scope="module")
-def straight(train, tmp_path_factory):
-    """The output of an undisturbed run, which nothing may write to."""
-    return train(tmp_path_factory.mktemp("straight") / "run")
+@pytest.fixture(scope="session")
+def kept():
+    """Outputs of runs that several tests look at, and none writes to."""
+    return {}
 
 
 @pytest.fixture
-def on_call(lcm, monkeypatch):
+def straight(case, train, kept, tmp_path_factory):
+    """The output of an undisturbed run."""
+    name = f"straight-{case.name}"
+    if name not in kept:
+        kept[name] = train(tmp_path_factory.mktemp("straight") / "run")
+    return kept[name]
+
+
+@pytest.fixture
+def on_call(script, monkeypatch):
     """on_call(name, number, action): runs an action before that call (1, 2, …) of one of the script's functions."""
 
     def patch(name, number, action):
-        plain, calls = getattr(lcm, name), []
+        plain, calls = getattr(script, name), []
 
         def wrapper(*args, **kwargs):
             calls.append(name)
@@ -56,7 +89,7 @@ def on_call(lcm, monkeypatch):
                 action()
             return plain(*args, **kwargs)
 
-        monkeypatch.setattr(lcm, name, wrapper)
+        monkeypatch.setattr(script, name, wrapper)
 
     return patch
 
@@ -94,38 +127,58 @@ def read_losses(output):
 def assert_same_end(output, straight, step=4):
     assert not differences(*(read_checkpoint(folder / f"checkpoint-{step}") for folder in (output, straight)))
     assert read_losses(output) == read_losses(straight)
-    for part in ("unet", "unet_online"):
-        assert not differences(*(load_file(next((run / part).glob("*.safetensors"))) for run in (output, straight)))
+    assert not differences(read_export(output), read_export(straight))
+
+
+def read_export(output):
+    """All exported tensors, by file and name."""
+    tensors = {}
+    for path in sorted(output.rglob("*.safetensors")):
+        if "checkpoint" not in str(path.relative_to(output)):
+            name = path.relative_to(output).as_posix().replace(f"{output.name}_kohya", "kohya")
+            tensors |= {f"{name}/{key}": value for key, value in load_file(path).items()}
+    assert tensors
+    return tensors
 
 
 # -------------------------------------------------------------------------------------------------------- variants
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "flags"),
-    [
-        ({}, ["--loss_type", "huber", "--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"]),
-        ({"prediction_type": "v_prediction"}, ["--loss_type", "huber", "--no-cast_teacher_unet"]),
-        ({"prediction_type": "sample"}, ["--mixed_precision", "bf16", "--random_flip", "--center_crop"]),
-        ({"time_cond_proj_dim": 32}, ["--proportion_empty_prompts", "0.5", "--vae_encode_batch_size", "1"]),
-    ],
-)
-def test_variants(train, tmp_path, pipeline, flags):
-    teacher = make_pipeline(tmp_path, **pipeline)
+VARIANTS = [
+    pytest.param({}, ["--loss_type", "huber", "--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"],
+                 id="epsilon, bf16"),
+    pytest.param({"prediction_type": "v_prediction"}, ["--loss_type", "huber", "--no-cast_teacher_unet"], id="v"),
+    pytest.param({"prediction_type": "sample"}, ["--mixed_precision", "bf16", "--random_flip", "--center_crop"],
+                 id="sample, bf16"),
+    pytest.param({"time_cond_proj_dim": 32},
+                 ["--proportion_empty_prompts", "0.5", "--vae_encode_batch_size", "1", "--no-cast_teacher_unet",
+                  "--mixed_precision", "bf16"], id="a teacher that embeds w"),
+]  # fmt: skip
+
+
+@over(SCRIPTS, "pipeline, flags", VARIANTS)
+def test_variants(case, train, make_teacher, tmp_path, pipeline, flags):
+    teacher = make_teacher(case.pipeline, **pipeline)
     output = train(tmp_path / "run", *flags, teacher=teacher)
     losses = read_losses(output)
     assert [step for step, *_ in losses] == [1, 2, 3, 4]
     assert all(0 < loss < 100 and 0 < norm < 1e4 for _, loss, norm, _ in losses)
-    before, student, target = (load_file(next(Path(folder).glob("*.safetensors")))
-                               for folder in (f"{teacher}/unet", output / "unet_online", output / "unet"))  # fmt: skip
+    before, student, target = (load_file(next(Path(teacher, "unet").glob("*.safetensors"))),
+                               case.weights(output, "student"), case.weights(output, "target"))  # fmt: skip
+    if case.is_lora:
+        before = {name: torch.zeros_like(value) for name, value in student.items() if ".lora_B." in name}
     moved, moved_less = (
         sum((net[name] - before[name]).abs().sum() for name in before if name in net) for net in (student, target)
     )
-    assert 0 < moved_less < moved
-    projection = student["time_embedding.cond_proj.weight"]
-    assert projection.shape[1] == pipeline.get("time_cond_proj_dim", 256) and projection.any()
-    for part in ("vae", "text_encoder"):  # unrounded, whatever the precision of the training
-        assert not differences(*(load_file(next(Path(run, part).glob("*.safetensors"))) for run in (teacher, output)))
+    assert len(before) > 20 and 0 < moved_less < moved
+    assert {value.dtype for value in (*student.values(), *target.values())} == {torch.float32}
+    if not case.is_lora:
+        projection = student["time_embedding.cond_proj.weight"]
+        assert projection.shape[1] == pipeline.get("time_cond_proj_dim", 256) and projection.any()
+        for part in ("vae", "text_encoder"):  # unrounded, whatever the precision of the training
+            assert not differences(
+                *(load_file(next(Path(run, part).glob("*.safetensors"))) for run in (teacher, output))
+            )
 
 
 def test_gradient_checkpointing_changes_nothing(train, straight, tmp_path):
@@ -133,10 +186,10 @@ def test_gradient_checkpointing_changes_nothing(train, straight, tmp_path):
     torch.testing.assert_close(read_losses(output), read_losses(straight), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("weight", "sizes"), [("0", {2}), ("3", {2, 4})])
-def test_no_unconditional_pass_without_guidance(lcm, train, tmp_path, monkeypatch, weight, sizes):
-    seen, plain = set(), lcm.Denoiser.__call__
-    monkeypatch.setattr(lcm.Denoiser, "__call__", lambda net, x, *args: (seen.add(len(x)), plain(net, x, *args))[1])
+@over(SCRIPTS, "weight, sizes", [("0", {2}), ("3", {2, 4})])
+def test_no_unconditional_pass_without_guidance(script, train, tmp_path, monkeypatch, weight, sizes):
+    seen, plain = set(), script.Denoiser.__call__
+    monkeypatch.setattr(script.Denoiser, "__call__", lambda net, x, *args: (seen.add(len(x)), plain(net, x, *args))[1])
     train(tmp_path, "--w_min", weight, "--w_max", weight)
     assert seen == sizes
 
@@ -148,10 +201,8 @@ def test_epochs_give_the_steps(lcm, tiny, shards, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]  # 21 samples, twice
 
 
-@pytest.mark.parametrize(
-    ("schedule", "factors"),
-    [("linear", [0.5, 1, 0.5, 0]), ("constant_with_warmup", [0.5, 1, 1, 1]), ("constant", [1, 1, 1, 1])],
-)
+@over(FIRST, "schedule, factors", [("linear", [0.5, 1, 0.5, 0]), ("constant_with_warmup", [0.5, 1, 1, 1]),
+                                   ("constant", [1, 1, 1, 1])])  # fmt: skip
 def test_learning_rates(train, tmp_path, schedule, factors):
     output = train(tmp_path, "--scale_lr", "--gradient_accumulation_steps", "3", "--learning_rate", "1e-4",
                    "--lr_scheduler", schedule, "--lr_warmup_steps", "2")  # fmt: skip
@@ -161,20 +212,24 @@ def test_learning_rates(train, tmp_path, schedule, factors):
 # ---------------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize(
-    ("flags", "before"),
-    [
-        ([], []),
-        (["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1"], []),
-        # 24 samples of 21: into the second epoch; validation on one side of the interruption only
-        (["--train_batch_size", "6", "--dataloader_num_workers", "3", "--shuffle_buffer_size", "3", "--random_flip",
-          "--proportion_empty_prompts", "0.5"], ["--validation_steps", "1", *QUICK_VALIDATION]),
-        (["--use_8bit_adam", "--train_batch_size", "1"], []),
-        (["--gradient_checkpointing", "--gradient_accumulation_steps", "2", "--loss_type", "huber"], []),
-    ],
-    ids=["float32", "bf16, one worker, accumulation", "three workers, validation", "8-bit Adam", "checkpointing"],
-)  # fmt: skip
-def test_resume_is_exact(train, tmp_path, flags, before):
+RESUMED = [
+    pytest.param(["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1"],
+                 [], id="bf16, one worker, accumulation"),
+    # 24 samples of 21: into the second epoch; validation on one side of the interruption only
+    pytest.param(["--train_batch_size", "6", "--dataloader_num_workers", "3", "--shuffle_buffer_size", "3",
+                  "--random_flip", "--proportion_empty_prompts", "0.5", "--gradient_checkpointing"],
+                 ["--validation_steps", "1", *QUICK_VALIDATION], id="three workers, validation"),
+    pytest.param(["--use_8bit_adam", "--train_batch_size", "1"], [], id="8-bit Adam"),
+]  # fmt: skip
+RESUMED_FIRST = [
+    pytest.param([], [], id="float32"),
+    pytest.param(["--gradient_checkpointing", "--gradient_accumulation_steps", "2", "--loss_type", "huber"], [],
+                 id="checkpointing"),
+]  # fmt: skip
+
+
+@over(SCRIPTS, "flags, before", first_and([*RESUMED, *RESUMED_FIRST], RESUMED))
+def test_resume_is_exact(case, train, tmp_path, flags, before):
     whole = train(tmp_path / "whole", *flags)
     train(tmp_path / "parts", *flags, "--max_train_steps", "2", *before)
     parts = train(tmp_path / "parts", *flags, "--resume_from_checkpoint", "latest")
@@ -182,9 +237,11 @@ def test_resume_is_exact(train, tmp_path, flags, before):
         (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in read_metrics(run) if "lr" in m))
     assert_same_end(parts, whole)
     tensors = [value for value in read_checkpoint(whole / "checkpoint-4").values() if torch.is_tensor(value)]
-    assert any(tensor.dtype == torch.uint8 for tensor in tensors) == ("--use_8bit_adam" in flags)
+    is_8bit = "--use_8bit_adam" in flags and not case.is_lora  # which bitsandbytes keeps for large tensors
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors) == is_8bit
 
 
+@over(FIRST)
 def test_resume_inside_a_schedule_and_between_two_logs(train, tmp_path):
     flags = ["--lr_scheduler", "linear", "--lr_warmup_steps", "1", "--logging_steps", "3"]
     whole = train(tmp_path / "whole", *flags)
@@ -193,6 +250,7 @@ def test_resume_inside_a_schedule_and_between_two_logs(train, tmp_path):
     assert_same_end(parts, whole)
 
 
+@over(FIRST)
 def test_resume_forgets_what_came_after_the_checkpoint(train, straight, tmp_path):
     output = shutil.copytree(straight, tmp_path / "run")
     shutil.rmtree(output / "checkpoint-4")
@@ -201,6 +259,7 @@ def test_resume_forgets_what_came_after_the_checkpoint(train, straight, tmp_path
     assert_same_end(train(output, "--resume_from_checkpoint", "latest"), straight)
 
 
+@over(FIRST)
 def test_older_checkpoint_by_name_outlives_the_newer(train, straight, tmp_path):
     output = shutil.copytree(straight, tmp_path / "run")
     flags = ["--max_train_steps", "3", "--checkpoints_total_limit", "1"]
@@ -208,61 +267,88 @@ def test_older_checkpoint_by_name_outlives_the_newer(train, straight, tmp_path):
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-PROBE = """
-import hashlib, pathlib, sys
-sys.path.insert(0, {root!r})
-import {stem} as script
-
-def train(run, plain=script.train):
-    plain(run)
-    tensors = [*run.models.student.state_dict().values(), *run.models.target.state_dict().values()]
-    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
-    rank = run.accelerator.process_index
-    pathlib.Path(f"{{run.args.output_dir}}-rank{{rank}}").write_text(f"{{digest}} {{run.reader.cursors}}")
-
-script.train = train
-script.main()
-"""
+FORK = multiprocessing.get_context("fork")
 
 
-def test_two_processes(tiny, shards, tmp_path):
-    probe = tmp_path / "probe.py"
-    probe.write_text(PROBE.format(root=str(ROOT), stem=SCRIPT.stem))
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ["--checkpointing_steps", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "3"]
-    result = run_script(tiny_args(tiny, shards, whole, *flags), processes=2, script=probe)
-    assert result.returncode == 0, result.stderr
+def watch_the_end(script):
+    """Makes a run write, for each rank, a digest of its student and target, and its cursors."""
+
+    def train(run, plain=script.train):
+        plain(run)
+        networks = (script.network_state(run.models, name) for name in ("student", "target"))
+        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for net in networks for value in net.values()))
+        path = f"{run.args.output_dir}-rank{run.accelerator.process_index}"
+        Path(path).write_text(f"{digest.hexdigest()} {run.reader.cursors}")
+
+    script.train = train
+
+
+def run_rank(name, arguments, environment):
+    """A run as torchrun would start it, in a fork of this process, which has imported everything."""
+    os.environ.update(environment)
+    watch_the_end(get_script(name))
+    run_main(get_script(name), arguments)
+
+
+def run_two(name, arguments):
+    """Runs a script in two processes that train together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [FORK.Process(target=run_rank, args=(name, arguments, {**common, "RANK": rank, "LOCAL_RANK": rank}))
+             for rank in ("0", "1")]  # fmt: skip
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+@over(SCRIPTS)
+def test_two_processes(case, teacher, shards, tmp_path):
+    whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
+    flags = ["--checkpointing_steps", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "3", *case.flags]
+    for output in (whole, parts):
+        output.parent.mkdir()
+    run_two(case.name, tiny_args(teacher, shards, whole, *flags))
     shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
     shutil.copy(whole / "metrics.jsonl", parts)
-    resumed = tiny_args(tiny, shards, parts, *flags, "--resume_from_checkpoint", "latest")
-    result = run_script(resumed, processes=2, script=probe)
-    assert result.returncode == 0, result.stderr
+    run_two(case.name, tiny_args(teacher, shards, parts, *flags, "--resume_from_checkpoint", "latest"))
     assert_same_end(parts, whole)
     ends = [[Path(f"{run}-rank{rank}").read_text().split(" ", 1) for rank in (0, 1)] for run in (whole, parts)]
     assert ends[0] == ends[1]
     (weights, cursors), (other_weights, other_cursors) = ends[0]
     assert weights == other_weights and cursors != other_cursors
     assert [line["step"] for line in read_metrics(whole)] == [3, 4]
-    assert {path.name for path in whole.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint-2", "checkpoint-4",
-        "README.md", "model_index.json", "unet", "unet_online", "vae", "text_encoder", "tokenizer",
-        "scheduler"}  # fmt: skip
+    more = {"args.json", "metrics.jsonl", "checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in whole.iterdir()} == case.exported(whole) | more
+
+
+def test_two_processes_by_torchrun(tiny, shards, tmp_path):
+    result = run_script(tiny_args(tiny, shards, tmp_path, "--max_train_steps", "1"), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert len(read_metrics(tmp_path)) == 1 and (tmp_path / "model_index.json").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------- faults
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+SIGNALS = [pytest.param(signal.SIGTERM, 143, id="SIGTERM"), pytest.param(signal.SIGINT, 130, id="SIGINT")]
+
+
+@over(SCRIPTS, "number, status", first_and(SIGNALS, SIGNALS[:1]))
 def test_signal_ends_the_run_with_a_checkpoint(train, straight, tmp_path, on_call, number, status):
     on_call("train_step", 3, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as end:
         train(tmp_path, "--checkpointing_steps", "100")
     assert end.value.code == status
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-3"]
-    assert not (tmp_path / "model_index.json").exists()
+    assert not (tmp_path / "scheduler").exists()
     assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), SIGNALS)
 def test_signal_to_all_processes(tiny, shards, tmp_path, number, status):
     """As Ctrl-C, `timeout` and batch systems send it: to the loader's workers too."""
     flags = ["--max_train_steps", "100000", "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2"]
@@ -285,17 +371,22 @@ def test_signal_to_all_processes(tiny, shards, tmp_path, number, status):
     assert (tmp_path / "run" / f"checkpoint-{steps}" / "state.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [("train_step", 2), ("train_step", 4), ("save_file", 4), ("list_checkpoints", 3), ("export", 1)],
-    ids=["before any checkpoint", "in a step", "in a checkpoint", "after a checkpoint", "before the export"],
-)
+KILLED = [
+    pytest.param("save_file", 4, id="in a checkpoint"),
+    pytest.param("train_step", 2, id="before any checkpoint"),
+    pytest.param("train_step", 4, id="in a step"),
+    pytest.param("list_checkpoints", 3, id="after a checkpoint"),
+    pytest.param("export", 1, id="before the export"),
+]
+
+
+@over(SCRIPTS, "name, number", first_and(KILLED, KILLED[:1]))
 def test_kill_9_and_resume(train, straight, tmp_path, on_call, name, number):
     def run_and_die():
         on_call(name, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
         train(tmp_path)
 
-    child = multiprocessing.get_context("fork").Process(target=run_and_die)
+    child = FORK.Process(target=run_and_die)
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
@@ -304,16 +395,19 @@ def test_kill_9_and_resume(train, straight, tmp_path, on_call, name, number):
     assert not (tmp_path / "tmp-checkpoint-4").exists()
 
 
-def test_half_checkpoints_are_ignored(lcm, straight, tmp_path):
-    for name in ("checkpoint-2", "checkpoint-10"):
-        shutil.copytree(straight / "checkpoint-4", tmp_path / name)
-    shutil.copytree(straight / "checkpoint-4", tmp_path / "tmp-checkpoint-12")
-    shutil.copytree(straight / "checkpoint-4", tmp_path / "checkpoint-best")
+@over(FIRST)
+def test_half_checkpoints_are_passed_over(script, train, straight, tmp_path, capsys):
+    for name in ("checkpoint-2", "tmp-checkpoint-12", "checkpoint-best"):
+        shutil.copytree(straight / "checkpoint-2", tmp_path / name)
     (tmp_path / "checkpoint-11").mkdir()
-    (tmp_path / "checkpoint-13").touch()
-    assert [path.name for path in lcm.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    assert [path.name for path in script.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-11"]
+    shutil.copy(straight / "metrics.jsonl", tmp_path)
+    assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
+    assert "checkpoint-11 is damaged or not there" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-best"}
 
 
+@over(FIRST)
 def test_checkpoint_limit_and_a_full_disk(train, straight, tmp_path, on_call):
     limited = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
 
@@ -328,7 +422,7 @@ def test_checkpoint_limit_and_a_full_disk(train, straight, tmp_path, on_call):
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
-@pytest.mark.parametrize("file", ["student.safetensors", "optimizer.pt", "state.json"])
+@over(FIRST, "file", ["student.safetensors", "optimizer.pt", "state.json"])
 def test_damaged_checkpoint_is_named(train, straight, tmp_path, file):
     shutil.copytree(straight / "checkpoint-4", tmp_path / "checkpoint-4")
     with open(tmp_path / "checkpoint-4" / file, "r+b") as damaged:
@@ -339,11 +433,11 @@ def test_damaged_checkpoint_is_named(train, straight, tmp_path, file):
 
 
 @pytest.fixture
-def spoil_losses(lcm, monkeypatch):
+def spoil_losses(script, monkeypatch):
     """spoil_losses(calls, gradient_only): makes the losses of these calls (1, 2, …), or their gradients alone, nan."""
 
     def patch(calls, gradient_only=False):
-        plain, count = lcm.distillation_loss, []
+        plain, count = script.distillation_loss, []
 
         def wrapper(*args, **kwargs):
             loss = plain(*args, **kwargs)
@@ -352,13 +446,13 @@ def spoil_losses(lcm, monkeypatch):
                 return loss
             return loss + 0 * (loss - loss.detach()).abs().sqrt() if gradient_only else loss * float("nan")
 
-        monkeypatch.setattr(lcm, "distillation_loss", wrapper)
+        monkeypatch.setattr(script, "distillation_loss", wrapper)
 
     return patch
 
 
 @pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
-@pytest.mark.parametrize("flags", [[], ["--use_8bit_adam"], ["--gradient_accumulation_steps", "2"]])
+@over(SCRIPTS, "flags", first_and([[], ["--use_8bit_adam"], ["--gradient_accumulation_steps", "2"]], [[]]))
 def test_step_that_is_not_finite_is_skipped(train, tmp_path, spoil_losses, flags, gradient_only):
     spoil_losses([5 if "2" in flags else 3], gradient_only)
     output = train(tmp_path, *flags, "--checkpointing_steps", "1")
@@ -370,7 +464,7 @@ def test_step_that_is_not_finite_is_skipped(train, tmp_path, spoil_losses, flags
     assert [line["nonfinite_steps"] for line in read_metrics(output)] == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
+@over(FIRST, "gradient_only", [False, True])
 def test_ten_steps_in_a_row_that_are_not_finite(train, tmp_path, spoil_losses, gradient_only):
     spoil_losses([2, *range(4, 100)], gradient_only)
     with pytest.raises(SystemExit, match="^error: ten steps in a row .*; try .*--learning_rate"):
@@ -383,11 +477,13 @@ def test_ten_steps_in_a_row_that_are_not_finite(train, tmp_path, spoil_losses, g
 SECRETS = ("hf_secret123", "secret456", "secret789", "secret012")
 
 
-@pytest.fixture(scope="module")
-def showcase(train, tiny, shards, tmp_path_factory):
+@pytest.fixture
+def showcase(case, train, teacher, shards, kept, tmp_path_factory):
     """(output, its log) of a run with validation, trackers, tokens and a teacher that has a model card."""
+    if (name := f"showcase-{case.name}") in kept:
+        return kept[name]
     folder = tmp_path_factory.mktemp("showcase")
-    teacher = shutil.copytree(tiny, folder / "teacher")
+    teacher = shutil.copytree(teacher, folder / "teacher")
     (teacher / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
     (folder / "animals.txt").write_text("a fox\n\na cat\n")
     (folder / "plants.txt").write_text("a rose\n")
@@ -398,42 +494,55 @@ def showcase(train, tiny, shards, tmp_path_factory):
                        str(folder / "plants.txt"), "a fir", "--validation_num_inference_steps", "1", "2",
                        "--num_validation_images", "2", "--report_to", "tensorboard", "--hub_token", "hf_secret123",
                        teacher=str(teacher), shards=pipe)  # fmt: skip
-    return output, log.getvalue()
+    kept[name] = output, log.getvalue()
+    return kept[name]
 
 
-def test_exported_pipeline(showcase):
-    from diffusers import DiffusionPipeline
+def test_exported_scheduler_and_weights(case, showcase):
+    import diffusers
 
     output, _ = showcase
-    pipe = DiffusionPipeline.from_pretrained(output)
+    for name in ("target", "student"):
+        assert not differences(case.weights(output, name), load_file(output / "checkpoint-4" / f"{name}.safetensors"))
+    config = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+    assert config["_class_name"] == case.scheduler
+    assert getattr(diffusers, case.scheduler).from_pretrained(output, subfolder="scheduler").config
+    assert (config["beta_start"], config["prediction_type"], config["steps_offset"]) == (0.00085, "epsilon", 1)
+    assert config["original_inference_steps"] == 10
+    assert config["timestep_scaling"] == 9 or case.scheduler != "LCMScheduler"
+
+
+@over([name for name, case in SCRIPTS.items() if not case.is_lora])
+def test_exported_pipeline(case, showcase):
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(showcase[0])
     pipe.set_progress_bar_config(disable=True)
-    image = pipe("a fox", num_inference_steps=4, guidance_scale=8.0).images[0]
-    assert image.size == (16, 16)
-    assert type(pipe.scheduler).__name__ == "LCMScheduler"
-    config = pipe.scheduler.config
-    assert (config.original_inference_steps, config.timestep_scaling) == (10, 9)
-    assert (config.beta_start, config.prediction_type, config.steps_offset) == (0.00085, "epsilon", 1)
+    one, other = (pipe("a fox", num_inference_steps=4, guidance_scale=scale, output_type="np",
+                       generator=torch.Generator().manual_seed(0)).images[0] for scale in (8, 12))  # fmt: skip
+    assert one.shape == (16, 16, 3) and abs(one - other).max() > 1e-4  # the U-Net is told the scale
+    assert type(pipe.scheduler).__name__ == case.scheduler
     assert pipe.unet.config.time_cond_proj_dim == 256
-    for part, name in (("unet", "target"), ("unet_online", "student")):
-        exported = load_file(output / part / "diffusion_pytorch_model.safetensors")
-        assert not differences(exported, load_file(output / "checkpoint-4" / f"{name}.safetensors"))
 
 
-def test_model_card(showcase):
+def test_model_card(case, script, showcase):
     output, _ = showcase
     card = (output / "README.md").read_text()
     assert "license: creativeml-openrail-m\n" in card and f"base_model: {output.parent / 'teacher'}\n" in card
     assert "(samples.png)" in card and Image.open(output / "samples.png").size[0] > 300
-    assert '"timestep_scaling_factor": 9.0' in card
+    assert '"num_ddim_timesteps": 10' in card and f"{script.TAG}]\n" in card
+    if "--timestep_scaling_factor" in case.flags:
+        assert '"timestep_scaling_factor": 9.0' in card
     names = {}
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)  # the very code that users copy
     assert names["image"].size == (16, 16) and names["prompt"] == "a fox"
+    assert type(names["pipe"].scheduler).__name__ == case.scheduler
 
 
 def test_no_secret_is_written(showcase):
     output, log = showcase
     files = [path for path in output.rglob("*") if path.is_file()]
-    assert len(files) > 20
+    assert len(files) > 18
     for secret in SECRETS:
         assert secret not in log
         assert not [path for path in files if secret.encode() in path.read_bytes()]
@@ -452,6 +561,20 @@ def test_validation_metrics(showcase):
         for network in ("student", "target"):
             name = key.replace("untrained", network)
             assert start[name] == pytest.approx(start[key], abs=1e-3) and end[name] != start[name]
+
+
+def test_validation_at_several_sizes(train, tmp_path):
+    output = train(tmp_path / "run", "--validation_steps", "4", "--validation_resolutions", "16x16,24X16",
+                   "--max_train_steps", "1", *QUICK_VALIDATION)  # fmt: skip
+    names = {path.name for path in (output / "validation").iterdir()}
+    assert names == {f"step-{step}{size}.png" for step in (0, 1) for size in ("", "-24x16")}
+    square, wide = (Image.open(output / "validation" / f"step-1{size}.png").size for size in ("", "-24x16"))
+    assert square[0] < wide[0] and square[1] == wide[1]
+    lines = [line for line in read_metrics(output) if "lr" not in line]
+    assert [line["step"] for line in lines] == [0, 0, 1, 1]
+    for name in ("teacher", "untrained", "student", "target"):
+        figures = [line[f"fidelity{'-24x16' * (index % 2)}/{name}_psnr_k1"] for index, line in enumerate(lines)]
+        assert figures[0] != figures[1] and (figures[0] == figures[2]) == (name in ("teacher", "untrained"))
 
 
 def test_validation_does_not_touch_training(showcase, straight):
@@ -480,26 +603,25 @@ def test_trackers(showcase, straight):
     assert not (straight / "logs").exists()  # --report_to none
 
 
-def test_push_to_hub(lcm, train, tmp_path, monkeypatch):
+def test_push_to_hub(case, script, train, tmp_path, monkeypatch):
     calls = []
     created = type("Repo", (), {"repo_id": "me/model"})
-    monkeypatch.setattr(lcm, "create_repo", lambda name, **kwargs: calls.append((name, kwargs)) or created)
-    monkeypatch.setattr(lcm, "upload_folder", lambda **kwargs: calls.append(("upload", kwargs)))
-    output = train(tmp_path / "model", "--push_to_hub", "--hub_token", "hf_secret123", "--max_train_steps", "1")
+    monkeypatch.setattr(script, "create_repo", lambda name, **kwargs: calls.append((name, kwargs)) or created)
+    monkeypatch.setattr(script, "upload_folder", lambda **kwargs: calls.append(("upload", kwargs)))
+    output = train(tmp_path / "model", "--push_to_hub", "--hub_token", "hf_secret123", "--checkpointing_steps", "4")
     (name, created_with), (_, upload) = calls
     assert name == "model" and created_with["token"] == upload["token"] == "hf_secret123"
-    paths = [path for pattern in upload["allow_patterns"] for path in output.glob(pattern)]
-    uploaded = {path.relative_to(output).as_posix() for path in paths}
-    assert {"README.md", "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"} <= uploaded
-    assert not [path for path in uploaded if "checkpoint" in path or path in ("args.json", "metrics.jsonl")]
+    files = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()]
+    uploaded = {*filter_repo_objects(files, allow_patterns=upload["allow_patterns"])}  # as upload_folder chooses them
+    assert {path.split("/")[0] for path in uploaded} == case.exported(output)
 
 
 # ----------------------------------------------------------------------------------------------------------- flags
 
 
-def flags_of_the_script():
+def flags_of_the_script(path=SCRIPT):
     """Names of all flags, from the calls add("--flag", …), and the attributes of `args` that anything else reads."""
-    tree = ast.parse(SCRIPT.read_text())
+    tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if getattr(node, "name", "") != "parse_args"]
     nodes = list(ast.walk(tree))
     calls = [node.args[0].value for node in nodes if isinstance(node, ast.Call)
@@ -509,26 +631,26 @@ def flags_of_the_script():
     return [flag.removeprefix("--") for flag in calls], reads
 
 
-def test_every_flag_is_read():
-    flags, reads = flags_of_the_script()
+def test_every_flag_is_read(case):
+    flags, reads = flags_of_the_script(case.path)
     assert len(flags) > 60 and len(flags) == len(set(flags))
     assert not set(flags) - reads, "flags that nothing reads"
     assert not reads - set(flags), "reads of what is no flag"
 
 
-def test_help_shows_every_flag_and_its_default(lcm, capsys):
+def test_help_shows_every_flag_and_its_default(case, script, capsys):
     with pytest.raises(SystemExit) as end:
-        lcm.parse_args(["--help"])
+        script.parse_args(["--help"])
     assert end.value.code == 0
     entries = {entry.split()[0].strip(","): entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
-    defaults = vars(lcm.parse_args(["--pretrained_teacher_model", "a", "--train_shards_path_or_url", "b"]))
+    defaults = vars(script.parse_args(["--pretrained_teacher_model", "a", "--train_shards_path_or_url", "b"]))
     worked_out = {"cast_teacher_unet", "mixed_precision", "validation_guidance_scale"}  # and said so in words
-    for flag in flags_of_the_script()[0]:
+    for flag in flags_of_the_script(case.path)[0]:
         is_shown = type(defaults[flag]) in (int, float, list) or (defaults[flag] and type(defaults[flag]) is str)
         if is_shown and flag not in (worked_out | {"pretrained_teacher_model", "train_shards_path_or_url"}):
             assert "(default: " in " ".join(entries[f"--{flag}"].split()), flag
         assert len(entries[f"--{flag}"].split()) > 3, flag
-    assert "(default: 8e-06)" in entries["--learning_rate"]
+    assert f"(default: {'0.0001' if case.is_lora else '8e-06'})" in entries["--learning_rate"]
 
 
 def test_arguments_from_a_file(lcm, tmp_path):
@@ -553,6 +675,7 @@ def edited(tiny, folder, file, **changes):
     return folder
 
 
+@over(FIRST)
 def test_teacher_with_a_short_configuration(train, tiny, tmp_path):
     """As that of Stable Diffusion 1.5, written by diffusers 0.6: what it leaves out has the default of the class."""
     later = ("time_cond_proj_dim", "class_embeddings_concat", "projection_class_embeddings_input_dim", "dropout")
@@ -562,43 +685,37 @@ def test_teacher_with_a_short_configuration(train, tiny, tmp_path):
     assert "time_embedding.cond_proj.weight" in load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("file", "changes", "message"),
-    [
-        ("unet/config.json", {"in_channels": 9}, "9.*in-painting"),
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline",
-                              "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
-         "SDXL pipeline; use train_lcm_distill_lora_sdxl_wds.py"),
-        ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None],
-                              "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, "SDXL refiner"),
-        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline", "unet": None,
-                              "transformer": ["diffusers", "SD3Transformer2DModel"]}, "StableDiffusion3Pipeline"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction type 'flow'"),
-        ("vae/config.json", {"latent_channels": 16}, "VAE"),
-    ],
-)  # fmt: skip
+@over(OF_SD, "file, changes, message", [
+    ("unet/config.json", {"in_channels": 9}, "9.*in-painting"),
+    ("model_index.json", {"_class_name": "StableDiffusionXLPipeline",
+                          "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+     "SDXL pipeline; use train_lcm_distill_lora_sdxl_wds.py"),
+    ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None],
+                          "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, "SDXL refiner"),
+    ("model_index.json", {"_class_name": "StableDiffusion3Pipeline", "unet": None,
+                          "transformer": ["diffusers", "SD3Transformer2DModel"]}, "StableDiffusion3Pipeline"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction type 'flow'"),
+    ("vae/config.json", {"latent_channels": 16}, "VAE"),
+])  # fmt: skip
 def test_teacher_of_another_kind(train, tiny, tmp_path, file, changes, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as end:
         train(tmp_path / "run", teacher=str(edited(tiny, tmp_path, file, **changes)))
     assert "\n" not in end.value.code
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--pretrained_teacher_model", "no/such-model"], "--pretrained_teacher_model no/such-model"),
-        (["--pretrained_vae_model_name_or_path", "no/such-vae"], "VAE"),
-        (["--num_ddim_timesteps", "2000"], "--num_ddim_timesteps 2000 must lie in 1 … 1000"),
-        (["--resolution", "17"], "--resolution: .17. must be multiples of .* 2"),
-        (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
-        (["--enable_xformers_memory_efficient_attention"], "--enable_xformers_memory_efficient_attention needs a GPU"),
-        (["--resume_from_checkpoint", "checkpoint-7"], "--resume_from_checkpoint checkpoint-7"),
-        (["--resume_from_checkpoint", "."], "--resume_from_checkpoint"),
-        (["--validation_prompts", "gone.txt"], "--validation_prompts: gone.txt"),
-        (["--train_shards_path_or_url", "gone.tar"], "gone.tar"),
-        (["--report_to", "wandb"], "wandb"),
-    ],
-)
+@over(SCRIPTS, "flags, message", [
+    (["--pretrained_teacher_model", "no/such-model"], "--pretrained_teacher_model no/such-model"),
+    (["--pretrained_vae_model_name_or_path", "no/such-vae"], "VAE"),
+    (["--num_ddim_timesteps", "2000"], "--num_ddim_timesteps 2000 must lie in 1 … 1000"),
+    (["--resolution", "17"], "--resolution: .17. must be multiples of .* 2"),
+    (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
+    (["--enable_xformers_memory_efficient_attention"], "--enable_xformers_memory_efficient_attention needs a GPU"),
+    (["--resume_from_checkpoint", "checkpoint-7"], "--resume_from_checkpoint checkpoint-7"),
+    (["--resume_from_checkpoint", "."], "--resume_from_checkpoint"),
+    (["--validation_prompts", "gone.txt"], "--validation_prompts: gone.txt"),
+    (["--train_shards_path_or_url", "gone.tar"], "gone.tar"),
+    (["--report_to", "wandb"], "wandb"),
+])  # fmt: skip
 def test_flags_that_cannot_work(train, tmp_path, flags, message):
     if flags[0] in ("--mixed_precision", "--enable_xformers_memory_efficient_attention") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -607,22 +724,20 @@ def test_flags_that_cannot_work(train, tmp_path, flags, message):
     assert "\n" not in end.value.code
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--num_ddim_timesteps", "0"], "--num_ddim_timesteps"),
-        (["--w_min", "3", "--w_max", "2"], "--w_min 3.0 is above --w_max 2.0"),
-        (["--ema_decay", "1.5"], "--ema_decay"),
-        (["--validation_num_inference_steps", "11"], "--validation_num_inference_steps"),
-        (["--validation_step", "3"], "--validation_step"),
-    ],
-)
-def test_flags_that_argparse_refuses(lcm, capsys, flags, message):
+@over(SCRIPTS, "flags, message", [
+    (["--num_ddim_timesteps", "0"], "--num_ddim_timesteps"),
+    (["--w_min", "3", "--w_max", "2"], "--w_min 3.0 is above --w_max 2.0"),
+    (["--ema_decay", "1.5"], "--ema_decay"),
+    (["--validation_num_inference_steps", "11"], "--validation_num_inference_steps"),
+    (["--validation_step", "3"], "--validation_step"),
+])  # fmt: skip
+def test_flags_that_argparse_refuses(script, capsys, flags, message):
     with pytest.raises(SystemExit) as end:
-        lcm.parse_args(tiny_args("teacher", "a.tar", "out", *flags))
+        script.parse_args(tiny_args("teacher", "a.tar", "out", *flags))
     assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
+@over(FIRST)
 def test_output_folder_that_cannot_be_used(train, straight, tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -632,16 +747,18 @@ def test_output_folder_that_cannot_be_used(train, straight, tmp_path):
         train(straight)
 
 
+@over(FIRST)
 def test_resume_in_a_fresh_folder_starts_afresh(train, straight, tmp_path):
     assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
 
 
-def test_the_script_alone(tiny, shards, tmp_path):
-    shutil.copy(SCRIPT, tmp_path / "alone.py")
+def test_the_script_alone(case, teacher, shards, tmp_path):
+    shutil.copy(case.path, tmp_path / "alone.py")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for more, code in ((["--num_ddim_timesteps", "2000"], 1), ([], 0)):
-        command = [sys.executable, "-I", "alone.py", *tiny_args(tiny, shards, "run", *more)]
+    runs = [([], 0), (["--num_ddim_timesteps", "2000"], 1)] if case.name in FIRST else [([], 0)]
+    for more, code in runs:
+        command = [sys.executable, "-I", "alone.py", *tiny_args(teacher, shards, "run", *case.flags, *more)]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
         assert code == 0 or result.stderr.splitlines()[-1].startswith("error: --num_ddim_timesteps 2000")
-    assert (tmp_path / "run" / "model_index.json").is_file()
+    assert case.exported("run") <= {path.name for path in (tmp_path / "run").iterdir()}
