@@ -102,7 +102,7 @@ def main(argv=None):
     parser.add_argument("--fix", action="store_true", help="bring the originals' text into the copies")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="folder of the scripts")
     args = parser.parse_args(argv)
-    scripts = sorted(args.root.glob("train_*.py"))
+    scripts = sorted([*args.root.glob("train_*.py"), *args.root.glob("tools/prepare_shards.py")])
     if args.fix:
         fix(scripts)
     problems = list(find_problems(scripts))

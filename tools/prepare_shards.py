@@ -1,0 +1,1023 @@
+#!/usr/bin/env python
+# Copyright 2026 the authors of this repository. Licensed under the Apache License, Version 2.0.
+"""Turns pictures and captions into WebDataset shards for the training scripts, and tells what is wrong with them.
+
+    python tools/prepare_shards.py --check --image_folder photos                reads all, prints a table, draws a sheet
+    python tools/prepare_shards.py --image_folder photos --output_dir shards    packs the files as they are
+    accelerate launch tools/prepare_shards.py --train_shards_path_or_url "cc12m/{00000..01242}.tar" --output_dir ready \
+        --aspect_ratio_buckets --encode stable-diffusion-v1-5/stable-diffusion-v1-5 --random_flip --mixed_precision bf16
+
+Sources are a folder with `.txt` files beside the pictures, with metadata.jsonl or metadata.csv (as `imagefolder` of
+datasets), or with COCO annotations; or shards, by the flag that the training scripts have for them.
+
+The work is cut into jobs, each of which depends on the source and the flags alone: however many processes share them,
+and however often they are stopped and started again, the shards are the same to the byte. Until all jobs are done,
+everything lies in `output_dir/progress`; then the shards are numbered and `index.json` is written. A sample is
+
+    <key>.jpg          the file as it was; with --aspect_ratio_buckets, the part of it that was chosen
+    <key>.txt          the caption, where there is only one
+    <key>.json         captions; source; original_width, original_height; crop [left, top, width, height] within the
+                       resized picture, or null; time_ids, SDXL's micro-conditioning; what a source shard's JSON has
+    <key>.safetensors  with --encode: latents_mean, latents_std (channels, height/8, width/8), the VAE's posterior
+                       before the scaling factor; with --random_flip also flipped_mean, flipped_std; text (captions,
+                       tokens, width) and, for SDXL, pooled (captions, width). `fingerprint` tells what made it
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import select
+import shlex
+import shutil
+import statistics
+import sys
+import tarfile
+import tempfile
+import textwrap
+import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import PIL
+import psutil
+import torch
+import transformers
+from accelerate import PartialState
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors.torch import save as save_tensors
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from webdataset.gopen import Pipe, gopen
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys
+
+# ------------------------------------------------------------------------------------------------------- arguments
+# Copied from train_lcm_distill_sd_wds.py
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Copied from train_lcm_distill_sd_wds.py
+INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
+
+
+# Copied from train_lcm_distill_sd_wds.py
+INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST  # which is exact in PIL
+STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+# what may change between two starts; the batch size changes no more than rounding
+INDIFFERENT = set("output_dir num_threads cache_dir shard_timeout check contact_sheet encode_batch_size".split())
+INDIFFERENT.add("skip_unreadable_shards")
+
+
+# Copied from train_lcm_distill_sd_wds.py
+def fail(message):
+    """Ends the process with one line that says what to do, instead of a traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+# Copied from train_lcm_distill_sd_wds.py
+def number(kind, low, high=math.inf):
+    """An argparse type: a number within [low, high]."""
+
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {low} … {high}")
+        return value
+
+    return parse
+
+
+def add_source_args(parser):
+    add = parser.add_argument_group("source (a folder or shards)").add_argument
+    add("--image_folder", metavar="DIR", help="pictures; captions in .txt beside them or in metadata.jsonl/csv")
+    add("--coco_annotations", nargs="+", metavar="JSON", help="captions of --image_folder instead, all of each picture")
+    add("--caption_column", help="of metadata files (default: text, caption or captions)")
+    add("--default_caption", metavar="TEXT", help="caption of the pictures that have none (default: they are skipped)")
+    add("--train_shards_path_or_url", nargs="+", metavar="SHARDS",
+        help="tar shards: brace patterns, paths, URLs, pipe: commands, or a .txt list with one a line")  # fmt: skip
+    add("--group_input_shards", type=number(int, 1), default=1, help="input shards in a job: what is packed together")
+    add("--skip_unreadable_shards", action="store_true", help="finish without the shards that cannot be read whole")
+    add("--shard_timeout", type=float, default=60.0, help="seconds without data until a URL or pipe is given up")
+
+
+def add_picture_args(parser):
+    add = parser.add_argument_group("pictures").add_argument
+    add("--min_image_size", type=number(int, 0), default=0, help="skip pictures with a smaller side; in buckets, those "
+        "above it may be enlarged, at 0 none")  # fmt: skip
+    add("--max_pwatermark", type=float, default=0.5, help="skip samples whose JSON gives a higher pwatermark")
+    add("--resolution", type=number(int, 1), default=512, help="side of the squares, or root of the buckets' area")
+    add("--aspect_ratio_buckets", action="store_true", help="shards of one size each, nearest to the pictures' shape")
+    add("--bucket_step", type=number(int, 1), default=64, help="the buckets' sides are multiples of it")
+    add("--interpolation_type", default="bilinear", choices=sorted(INTERPOLATION), help="filter of the resize")
+    add("--center_crop", action="store_true", help="crop the centre instead of a random place")
+    add("--image_format", default="jpg", choices=FORMATS, help="of pictures that were cropped")
+    add("--image_quality", type=number(int, 1, 100), default=95, help="of jpg and webp")
+
+
+def add_encode_args(parser):
+    add = parser.add_argument_group("encoding").add_argument
+    add("--encode", metavar="MODEL", help="store latents and text embeddings of this SD 1.x, 2.x or SDXL pipeline")
+    add("--teacher_revision", help="revision of its repository")
+    add("--pretrained_vae_model_name_or_path", help="another VAE: hub id or folder")
+    add("--revision", help="revision of the VAE's repository (--pretrained_vae_model_name_or_path)")
+    add("--cache_dir", help="where downloaded models are kept")
+    add("--random_flip", action="store_true", help="encode the mirrored pictures too")
+    add("--encode_dtype", default="float16", choices=STORED, help="of what is stored")
+    add("--encode_batch_size", type=number(int, 1), default=16, help="pictures in a batch")
+    add("--mixed_precision", choices=list(DTYPES), help="of the computation (default: as `accelerate config` says)")
+    add("--keep_images", action="store_true", help="keep the cropped pictures in encoded shards")
+
+
+# Variant of train_lcm_distill_sd_wds.py: other arguments
+def add_output_args(parser):
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", help="folder of the shards")
+    add("--samples_per_shard", type=number(int, 1), default=1000, help="the most samples in a shard")
+    add("--seed", type=int, default=0, help="of the order and of random crops")
+    add("--num_threads", type=number(int, 1), default=8, help="that decode, in each process")
+    add("--check", action="store_true", help="write no shards: print what is usable and what is not, and why")
+    add("--contact_sheet", metavar="PNG", default="contact_sheet.png", help="picture that --check draws")
+
+
+# Copied from train_lcm_distill_sd_wds.py
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        is_empty = action.default is None or action.default is False or action.default == ""
+        return action.help if is_empty else super()._get_help_string(action)
+
+
+# Variant of train_lcm_distill_sd_wds.py: other arguments
+def parse_args(argv=None):
+    """Reads the command line and refuses what can be known to be wrong without opening a file."""
+    formatter = functools.partial(HelpFormatter, max_help_position=44, width=120)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@",
+        usage="%(prog)s (--image_folder DIR | --train_shards_path_or_url SHARDS) (--output_dir DIR | --check) [flags]",
+    )  # fmt: skip
+    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    for add_group in (add_source_args, add_picture_args, add_encode_args, add_output_args):
+        add_group(parser)
+    args = parser.parse_args(argv)
+    if (args.image_folder is None) == (args.train_shards_path_or_url is None):
+        parser.error("give either --image_folder or --train_shards_path_or_url")
+    if args.coco_annotations and not args.image_folder:
+        parser.error("--coco_annotations needs --image_folder")
+    if not args.output_dir and not args.check:
+        parser.error("give --output_dir, or --check")
+    if args.aspect_ratio_buckets and args.resolution % args.bucket_step:
+        parser.error(f"--resolution {args.resolution} is no multiple of --bucket_step {args.bucket_step}")
+    for flag in ("random_flip", "keep_images"):
+        if getattr(args, flag) and not args.encode:
+            parser.error(f"--{flag} needs --encode")
+    if args.center_crop and not args.encode and not args.aspect_ratio_buckets:
+        parser.error("--center_crop needs --aspect_ratio_buckets or --encode; otherwise pictures are stored uncropped")
+    if args.mixed_precision is None:
+        args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision not in DTYPES:
+        parser.error(f"--mixed_precision {args.mixed_precision} is none of {', '.join(DTYPES)}")
+    if args.encode and args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--mixed_precision fp16 needs a GPU; use bf16 or no")
+    args.buckets = make_buckets(args.resolution, args.bucket_step) if args.aspect_ratio_buckets else None
+    return args
+
+
+# Copied from train_lcm_distill_sd_wds.py
+def redact(value):
+    """Takes credentials out of shard URLs and commands before they are written anywhere."""
+    if isinstance(value, list):
+        return [redact(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"(?<=://)[^/@\s]+@|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
+    secret = r"\w*(?:token|secret|key|passw|passwd|auth|sig|credential|jwt)\w*"
+    value = re.sub(rf"(?i)({secret}\s*[:= ]\s*)(?:(?:bearer|basic)\s+)?[^\s&'\"]+", r"\1…", value)
+    return re.sub(r"hf_\w{8,}", "…", value)
+
+
+def public_settings(args):
+    """The arguments that decide on the content of the shards, without secrets."""
+    return {k: redact(v) for k, v in vars(args).items() if k not in INDIFFERENT}
+
+
+# ------------------------------------------------------------------------------------------------- reading samples
+# Copied from train_lcm_distill_sd_wds.py
+IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
+
+
+# Variant of train_lcm_distill_sd_wds.py: encoded members too
+MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json", "safetensors"}  # nothing else of a shard is ever read
+# Copied from train_lcm_distill_sd_wds.py
+MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
+OTHER_FORMATS = {"gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jfif", "psd", "svg"}
+CAPTION_COLUMNS = ("text", "caption", "captions")
+
+
+# Copied from train_lcm_distill_sd_wds.py
+class BadSample(Exception):
+    """A sample that is skipped; `args` are one of FILTERS or FAULTS, and a detail for the log."""
+
+
+# Copied from train_lcm_distill_sd_wds.py
+class ShardReader:
+    """Reads the process that webdataset starts for a URL or pipe; raises TimeoutError after `timeout` idle seconds."""
+
+    def __init__(self, pipe, timeout):
+        self.pipe, self.timeout = pipe, timeout
+
+    def read(self, size):
+        if not select.select([self.pipe.stream], [], [], self.timeout)[0]:
+            raise TimeoutError(f"no data for {self.timeout:g} s")
+        data = os.read(self.pipe.stream.fileno(), size)
+        if not data and (status := self.pipe.proc.wait(self.timeout)) != 0:
+            raise OSError(f"command ended with status {status}")
+        return data
+
+    def close(self):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a shell's children outlive it
+            for child in psutil.Process(self.pipe.proc.pid).children(recursive=True):
+                child.kill()
+        self.pipe.proc.kill()
+        self.pipe.stream.close()
+        self.pipe.proc.wait()
+
+
+# Copied from train_lcm_distill_sd_wds.py
+def read_members(stream, url):
+    """Yields the wanted members of a tar, as webdataset does; raises OSError where the end mark is missing."""
+    with tarfile.open(fileobj=stream, mode="r|*") as shard:
+        for member in shard:
+            is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
+            if member.isreg() and not is_hidden and member.name.rsplit(".", 1)[-1].lower() in MEMBERS:
+                is_sane = member.size <= MAX_MEMBER_BYTES and not member.issparse()
+                data = shard.extractfile(member).read() if is_sane else b""
+                yield {"fname": member.name, "data": data, "__url__": url}
+            shard.members = []  # tarfile would keep them all
+        if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
+            raise OSError("the archive ends early")
+
+
+# Copied from train_lcm_distill_sd_wds.py
+def read_shard(url, timeout, tries=3):
+    """Yields the undecoded samples of a shard: dicts of member name → bytes, plus `__key__`.
+
+    URLs and pipes that fail are opened again, after 1 and 2 seconds, and read on from where they broke off. A shard
+    that fails for good, and a member that stands twice, is yielded as a sample with a `__fault__`, to be counted.
+    """
+
+    def note_duplicate(error):
+        faults.append({"__key__": url, "__fault__": BadSample("duplicate member", str(error.args[0]))})
+        return True
+
+    done, faults = 0, []
+    tries = tries if url.startswith("pipe:") or "://" in url else 1
+    for attempt in range(tries):
+        faults.clear()
+        try:
+            stream = gopen(url, "rb")
+            with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
+                for index, sample in enumerate(group_by_keys(read_members(stream, url), handler=note_duplicate)):
+                    if index == done:
+                        done += 1
+                        yield sample
+                while stream.read(1 << 16):  # past the archive's end: a command's exit status counts too
+                    pass
+            break
+        except Exception as error:  # tarfile, its decompressors and the opener raise many kinds
+            if attempt + 1 < tries:
+                time.sleep(2**attempt)
+            else:
+                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(str(error)))})
+    yield from faults
+
+
+# Copied from train_lcm_distill_sd_wds.py
+def to_rgb(image):
+    """Converts every PIL mode to RGB: 16-bit grey scaled, transparency over white, CMYK and palettes resolved."""
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# Copied from train_lcm_distill_sd_wds.py
+def load_image(data, resolution, resample):
+    """Decodes image bytes, upright and in RGB, so that the shorter side has `resolution` pixels.
+
+    JPEGs are decoded at reduced size where that suffices. Returns the image and its size (width, height) before the
+    resize. Raises BadSample.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        size, scale = image.size, resolution / min(image.size)
+        too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
+        if not too_large:
+            image.draft(None, [math.ceil(side * scale) for side in size])
+            image = to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # decoders raise almost anything on damaged data
+        raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
+    if too_large:
+        raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
+    if (image.width < image.height) != (size[0] < size[1]):
+        size = size[::-1]
+    return image.resize([max(resolution, round(side * scale)) for side in size], resample), size
+
+
+# Copied from train_lcm_distill_sd_wds.py
+def read_captions(sample, info):
+    """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
+    captions = [sample[name].decode("utf-8", errors="replace") for name in CAPTION_MEMBERS if name in sample]
+    values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
+    if not captions and values:
+        captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
+    return [caption.encode("utf-8", "replace").decode().strip() for caption in captions]  # no lone surrogates
+
+
+# Copied from train_lcm_distill_sd_wds.py
+def check_filters(info, args):
+    """Applies the size and watermark filters to a sample's JSON. What is missing or not a number never rejects."""
+    numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
+    for side in ("width", "height"):
+        if (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
+            raise BadSample("below min_image_size", f"{side} {size}")
+    if (pwatermark := numbers.get("pwatermark", -math.inf)) > args.max_pwatermark:
+        raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
+
+
+# Copied from train_lcm_distill_sd_wds.py
+def expand_shards(patterns):
+    """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
+    urls = []
+    for pattern in patterns:
+        is_list = pattern.endswith(".txt") and not pattern.startswith("pipe:")
+        try:
+            lines = Path(pattern).read_text(encoding="utf-8").splitlines() if is_list else [pattern]
+            lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+            found = [url for line in lines for url in expand_urls(line)]
+        except (OSError, ValueError) as error:
+            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {error}")
+        if is_list and any(url.startswith("pipe:") for url in found):
+            fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
+        urls += found
+    return urls or fail("--train_shards_path_or_url names no shard")
+
+
+def read_metadata(path, column):
+    """Reads metadata.jsonl or metadata.csv; returns {file name relative to its folder: captions}."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except (OSError, ValueError, csv.Error) as error:
+        fail(f"{path} cannot be read: {error}")
+    names = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
+    column = column or next((name for name in CAPTION_COLUMNS if name in names), None)
+    if rows and not {"file_name", column} <= names.keys():
+        wanted = column or "/".join(CAPTION_COLUMNS)
+        fail(f"{path} needs columns file_name and {wanted} (--caption_column); it has: {', '.join(map(str, names))}")
+    found = {}
+    for row in rows:
+        if isinstance(row, dict) and row.get("file_name"):
+            value = row.get(column)
+            captions = found.setdefault(os.path.normpath(str(row["file_name"])), [])
+            captions += [str(text) for text in (value if isinstance(value, list) else [value]) if text is not None]
+    return found
+
+
+def read_coco(paths, files):
+    """Reads COCO's caption files; returns {picture: captions}, the pictures by their place among `files` if there."""
+    by_name, found = {Path(file).name: file for file in files}, {}
+    for path in paths:
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            captions = [(names[note["image_id"]], note["caption"]) for note in content["annotations"]]
+        except (OSError, ValueError) as error:
+            fail(f"--coco_annotations {path} cannot be read: {error}")
+        except (KeyError, TypeError) as error:
+            fail(f"--coco_annotations {path} holds no captions as captions_train2017.json has them: no {error}")
+        for name in names.values():
+            found.setdefault(name, [])
+        for name, caption in captions:
+            found[name].append(str(caption))
+    return {name if name in files else by_name.get(Path(name).name, name): texts for name, texts in found.items()}
+
+
+def list_folder(args):
+    """Finds the pictures of --image_folder; returns [[path below it, captions], …], sorted, and what is rejected."""
+    root, files, bad = Path(args.image_folder), [], {}
+    if not root.is_dir():
+        fail(f"--image_folder {root} is no folder")
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # __MACOSX and the like
+        files += [os.path.relpath(os.path.join(folder, name), root) for name in names if not name.startswith(".")]
+    files = sorted(files)
+    known, kinds = set(files), {file: file.rsplit(".", 1)[-1].lower() for file in files}
+    pictures = [file for file in files if kinds[file] in IMAGE_MEMBERS]
+    if not pictures:
+        hint = " but .tar files: --train_shards_path_or_url?" if "tar" in kinds.values() else ""
+        fail(f"--image_folder {root} holds no {', '.join(IMAGE_MEMBERS)}{hint}")
+    for file in (file for file in files if kinds[file] in OTHER_FORMATS):
+        reject(bad, "unknown format", f"{file}: needed: {', '.join(IMAGE_MEMBERS)}")
+    captions = read_coco(args.coco_annotations, known) if args.coco_annotations else {}
+    for file in files if not args.coco_annotations else []:
+        if Path(file).name in ("metadata.jsonl", "metadata.csv"):
+            for name, texts in read_metadata(root / file, args.caption_column).items():
+                captions.setdefault(os.path.normpath(os.path.join(os.path.dirname(file), name)), []).extend(texts)
+    for name in sorted(captions.keys() - set(pictures)):
+        if kinds.get(name) not in OTHER_FORMATS:
+            reject(bad, "no image", f"{name} has a caption but is not in the folder")
+    if args.coco_annotations:  # which lists the pictures as well
+        pictures = [file for file in pictures if file in captions]
+    records = []
+    for file in pictures:
+        stem = file.rsplit(".", 1)[0]
+        beside = [f"{stem}.{kind}" for kind in CAPTION_MEMBERS if f"{stem}.{kind}" in known and file not in captions]
+        texts = [(root / name).read_text(encoding="utf-8-sig", errors="replace") for name in beside]
+        records.append([file, captions.get(file, texts)])
+    return records, bad
+
+
+def open_item(item, args):
+    """Returns an undecoded sample as read_shard gives it; a record of list_folder is read from its file."""
+    if isinstance(item, dict):
+        return item
+    file, captions = item
+    try:
+        data = Path(args.image_folder, file).read_bytes()
+    except OSError as error:
+        raise BadSample("broken image", str(error.strerror)) from error
+    info = json.dumps({"captions": captions}).encode()
+    return {"__key__": file, file.rsplit(".", 1)[-1].lower(): data, "json": info}
+
+
+def read_sample(sample, args):
+    """Returns the JSON, the captions and the image member's name of an undecoded sample. Raises BadSample."""
+    if "__fault__" in sample:
+        raise sample["__fault__"]
+    try:
+        info = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        info = {}
+    info = info if isinstance(info, dict) else {}
+    check_filters(info, args)
+    found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
+    name = next((name for name in IMAGE_MEMBERS if name in sample), None)
+    if name is None and not (args.check and "safetensors" in sample):
+        raise BadSample("no image", f"needed: {', '.join(IMAGE_MEMBERS)}; found: {found}")
+    captions = read_captions(sample, info) or ([args.default_caption] if args.default_caption is not None else [])
+    if not captions:
+        raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} or caption in the json; found: {found}")
+    return info, captions, name
+
+
+def source_name(item):
+    """Where an item comes from, for JSON and messages."""
+    if not isinstance(item, dict):
+        return item[0]
+    prefix = f"{item['__url__']}#" if item.get("__url__") else ""
+    return redact(prefix + item["__key__"])
+
+
+def reject(rejected, reason, example, count=1):
+    """Counts a reason in {reason: [count, the first example]}."""
+    rejected.setdefault(reason, [0, example.encode("utf-8", "replace").decode()])[0] += count  # any file name prints
+
+
+def parallel(function, items, threads):
+    """Maps over items by threads, in order, and no more than a few items ahead. A BadSample is given, not raised."""
+
+    def call(item):
+        try:
+            return function(item)
+        except BadSample as bad:
+            return BadSample(bad.args[0], f"{source_name(item)}: {bad.args[1]}")
+
+    with ThreadPoolExecutor(threads) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(call, item))
+            if len(pending) > 4 * threads:
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
+
+
+# ----------------------------------------------------------------------------------------- sizes, crops and samples
+MAX_RATIO = 2.0
+
+
+def make_buckets(resolution, step):
+    """All [width, height] in multiples of `step`, of the largest area up to resolution² and ratios up to 2:1."""
+    found = set()
+    for width in range(step, 2 * resolution + 1, step):
+        height = resolution**2 // width // step * step
+        if height and max(width / height, height / width) <= MAX_RATIO:
+            found |= {(width, height), (height, width)}
+    return [list(size) for size in sorted(found)]
+
+
+def choose_size(size, args):
+    """The bucket whose ratio is nearest to that of a picture, (width, height); BadSample if it is too small for it."""
+
+    def distance(bucket):
+        return round(abs(math.log(bucket[0] / bucket[1] * size[1] / size[0])), 9), -bucket[0] * bucket[1]
+
+    width, height = min(args.buckets, key=distance)
+    is_smaller = size[0] < width or size[1] < height
+    if is_smaller and not 0 < args.min_image_size <= min(size):
+        raise BadSample("below min_image_size", f"{size[0]}x{size[1]} would be enlarged to {width}x{height}")
+    return width, height
+
+
+def upright_size(file):
+    """The size of an image file, path or stream, after turning it as its EXIF says; hardly ever decodes it."""
+    try:
+        with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
+            return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
+    except Exception as error:  # decoders raise almost anything on damaged data
+        raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
+
+
+def original_size(info, size):
+    """(width, height) before any resize: those of the JSON, as check_filters reads them, or else of the picture."""
+    numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
+    return [numbers.get(f"original_{side}", numbers.get(side, size[i])) for i, side in enumerate(("width", "height"))]
+
+
+def crop_sample(data, source, args):
+    """Loads and crops a picture to its bucket, or to a square. Returns it, its place and the sizes around it."""
+    width = height = short = args.resolution
+    if args.buckets:
+        size = upright_size(io.BytesIO(data))
+        width, height = choose_size(size, args)
+        short = math.ceil(max(width / size[0], height / size[1]) * min(size) - 1e-6)
+    image, size = load_image(data, short, INTERPOLATION[args.interpolation_type])
+    rng = random.Random(f"{args.seed}/crop/{source}")
+    left, top = (0.5, 0.5) if args.center_crop else (rng.random(), rng.random())
+    x, y = int(left * (image.width - width + 1)), int(top * (image.height - height + 1))
+    place = {"crop": [x, y, width, height], "time_ids": [size[1], size[0], y, x, height, width]}
+    if args.random_flip:  # where the crop lies in the mirrored picture
+        place["time_ids_flipped"] = [size[1], size[0], y, image.width - width - x, height, width]
+    return image.crop((x, y, x + width, y + height)), size, place
+
+
+def prepare_sample(item, args):
+    """Makes of an item what its shard will hold: size, JSON, captions, picture (member, bytes) and pixels to encode."""
+    sample, source = open_item(item, args), source_name(item)
+    info, captions, name = read_sample(sample, args)
+    pixels, cropped, place = None, None, {"crop": None}
+    if args.buckets or args.encode:
+        image, size, place = crop_sample(sample[name], source, args)
+        pixels, cropped, name, stream = np.asarray(image), image.size, args.image_format, io.BytesIO()
+        if args.keep_images or not args.encode:
+            image.save(stream, FORMATS[name], quality=args.image_quality, subsampling=0)
+        data = stream.getvalue()
+    else:
+        data, size = sample[name], load_image(sample[name], 32, Image.Resampling.NEAREST)[1]  # is it whole?
+    width, height = original_size(info, size)
+    check_filters({"width": width, "height": height}, args)
+    info = {key: value for key, value in info.items() if key not in (*CAPTION_COLUMNS, "time_ids", "time_ids_flipped")}
+    info |= {"original_width": width, "original_height": height, **place, "captions": captions, "source": source}
+    picture = (name.replace("jpeg", "jpg"), data) if data else None
+    return SimpleNamespace(size=cropped, info=info, captions=captions, picture=picture, pixels=pixels, source=source)
+
+
+# -------------------------------------------------------------------------------------------------------- encoding
+class Encoder:
+    """The VAE and the text encoder(s) of a pipeline; called with samples, gives the bytes of their encoded members."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        try:
+            self.load(args, DTYPES[args.mixed_precision])
+        except (OSError, ValueError) as error:
+            fail(f"--encode {args.encode} cannot be loaded: {str(error).splitlines()[0]}")
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        flag = "bucket_step" if args.buckets else "resolution"
+        if getattr(args, flag) % factor:
+            fail(f"--{flag} {getattr(args, flag)} must be a multiple of the VAE's factor, {factor}")
+        self.fingerprint = {
+            "model": args.encode, "revision": args.teacher_revision, "vae": args.pretrained_vae_model_name_or_path,
+            "vae_revision": args.revision, "resolution": args.resolution, "sizes": args.buckets,
+            "center_crop": args.center_crop, "random_flip": args.random_flip,
+            "interpolation_type": args.interpolation_type, "dtype": args.encode_dtype}  # fmt: skip
+
+    def load(self, args, dtype):
+        """Loads what the pipeline has: one tokenizer and encoder, or two. A VAE with `force_upcast` is float32."""
+        source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+        parts = diffusers.DiffusionPipeline.load_config(args.encode, **source)
+        names = [name for name in ("text_encoder", "text_encoder_2") if parts.get(name, [None])[0]]
+        kinds = [CLIPTextModel, CLIPTextModelWithProjection][: len(names)]
+        if [parts[name][1] for name in names] != [kind.__name__ for kind in kinds] or "text_encoder" not in names:
+            fail(f"--encode {args.encode}, a {parts.get('_class_name')}, is no SD 1.x, 2.x or SDXL text-to-image model")
+        self.text_encoders = [kind.from_pretrained(args.encode, subfolder=name, dtype=dtype, **source)
+                              for kind, name in zip(kinds, names, strict=True)]  # fmt: skip
+        self.tokenizers = [AutoTokenizer.from_pretrained(args.encode, subfolder=name, **source)
+                           for name in ("tokenizer", "tokenizer_2")[: len(names)]]  # fmt: skip
+        if args.pretrained_vae_model_name_or_path:
+            self.vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, revision=args.revision,
+                                                     cache_dir=args.cache_dir)  # fmt: skip
+        else:
+            self.vae = AutoencoderKL.from_pretrained(args.encode, subfolder="vae", **source)
+        self.vae.to(torch.float32 if self.vae.config.get("force_upcast") else dtype)
+        for model in (self.vae, *self.text_encoders):
+            model.to(self.device).requires_grad_(False).eval()
+        self.vae.to(memory_format=torch.channels_last)
+
+    def encode_captions(self, captions):
+        """Captions → {text: (captions, tokens, width), and for SDXL pooled: (captions, width)}, as the pipelines do."""
+        found = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                               return_tensors="pt").to(self.device)  # fmt: skip
+            mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+            found.append(encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=len(self.tokenizers) > 1))
+        if len(found) == 1:
+            return {"text": found[0][0]}
+        return {"text": torch.cat([out.hidden_states[-2] for out in found], dim=-1), "pooled": found[-1].text_embeds}
+
+    def encode_pixels(self, pixels):
+        """uint8 pixels (batch, 3, height, width) → mean and standard deviation of the latents, mirrored ones too."""
+        found = {}
+        for name, image in {"latents": pixels, "flipped": pixels.flip(-1)}.items():
+            if name == "latents" or self.args.random_flip:
+                image = (image / 127.5 - 1).to(self.vae.dtype, memory_format=torch.channels_last)
+                posterior = self.vae.encode(image).latent_dist
+                found |= {f"{name}_mean": posterior.mean, f"{name}_std": posterior.std}
+        return found
+
+    def pack(self, tensors):
+        """The bytes of a .safetensors file; None where something is not finite."""
+        dtype = STORED[self.args.encode_dtype]
+        tensors = {name: value.to("cpu", dtype).contiguous() for name, value in tensors.items()}
+        if not all(value.isfinite().all() for value in tensors.values()):
+            return None
+        return save_tensors(tensors, {"fingerprint": json.dumps(self.fingerprint, sort_keys=True)})
+
+    @torch.no_grad()
+    def __call__(self, samples):
+        pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples])).permute(0, 3, 1, 2)
+        images, size = self.encode_pixels(pixels.to(self.device)), self.args.encode_batch_size
+        captions = [caption for sample in samples for caption in sample.captions]
+        parts = [self.encode_captions(captions[start : start + size]) for start in range(0, len(captions), size)]
+        counts = [len(sample.captions) for sample in samples]
+        texts = {name: torch.cat([part[name] for part in parts]).split(counts) for name in parts[0]}
+        return [self.pack({name: value[i] for name, value in (images | texts).items()}) for i in range(len(samples))]
+
+    @torch.no_grad()
+    def empty(self):
+        """What stands for the empty prompt: text (1, tokens, width) and pooled (1, width)."""
+        return self.pack(self.encode_captions([""]))
+
+
+# --------------------------------------------------------------------------------------------------- jobs and shards
+def write_whole(path, data):
+    """Writes a file under a temporary name and renames it when it is whole."""
+    temporary = path.with_name(f"tmp-{path.name}")
+    temporary.write_bytes(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
+    os.replace(temporary, path)
+
+
+class JobWriter:
+    """Packs the samples of a job, one open shard for each size; batches are encoded when they are full."""
+
+    def __init__(self, number, args, encoder):
+        self.number, self.args, self.encoder = number, args, encoder
+        self.folder, self.names, self.keys = Path(args.output_dir, "progress"), itertools.count(), itertools.count()
+        self.open, self.shards, self.rejected = {}, [], {}
+
+    def add(self, sample):
+        """Takes a sample of prepare_sample."""
+        if sample.size not in self.open:
+            name = f"{self.number:06}-{next(self.names):04}.tar"
+            self.open[sample.size] = name, tarfile.open(self.folder / f"tmp-{name}", "w"), [], []
+        _, _, batch, written = self.open[sample.size]
+        batch.append(sample)
+        is_full = len(written) + len(batch) == self.args.samples_per_shard
+        if is_full or len(batch) == self.args.encode_batch_size:
+            self.flush(sample.size)
+        if len(written) == self.args.samples_per_shard:
+            self.close(sample.size)
+
+    def flush(self, size):
+        """Encodes and writes what waits in the batch of a size."""
+        _, shard, batch, written = self.open[size]
+        encoded = self.encoder(batch) if self.encoder and batch else [b""] * len(batch)
+        for sample, tensors in zip(batch, encoded, strict=True):
+            if tensors is None:
+                reject(self.rejected, "not finite", f"{sample.source}: other --mixed_precision or --encode_dtype?")
+                continue
+            key = f"{self.number:06}{next(self.keys):06}"
+            members = [sample.picture] if sample.picture else []
+            members.append(("json", json.dumps(sample.info).encode()))
+            members += [("txt", sample.captions[0].encode())] if len(sample.captions) == 1 else []
+            members += [("safetensors", tensors)] if self.encoder else []
+            for name, data in members:
+                info = tarfile.TarInfo(f"{key}.{name}")  # owner and time are those of nobody and never
+                info.size = len(data)
+                shard.addfile(info, io.BytesIO(data))
+            written.append(key)
+        batch.clear()
+
+    def close(self, size):
+        """Ends the shard of a size; it gets its name when it is whole."""
+        self.flush(size)
+        name, shard, _, written = self.open.pop(size)
+        shard.close()
+        if written:
+            os.replace(self.folder / f"tmp-{name}", self.folder / name)
+            self.shards.append({"file": name, "samples": len(written), "size": size})
+
+    def finish(self):
+        """Ends all shards, then writes the record that says that the job is done."""
+        for size in list(self.open):
+            self.close(size)
+        write_whole(record_path(self.args, self.number), {"shards": self.shards, "rejected": self.rejected})
+
+
+def record_path(args, number):
+    return Path(args.output_dir, "progress", f"{number:06}.json")
+
+
+def plan_folder(args):
+    """Shuffles the pictures of a folder and cuts them into jobs: a shard each, of one size where there are buckets."""
+
+    def measure(record):
+        if not record[1] and args.default_caption is None:
+            raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} beside it, metadata.jsonl/csv or COCO")
+        return args.buckets and choose_size(upright_size(Path(args.image_folder, record[0])), args), record
+
+    (records, rejected), groups = list_folder(args), {}
+    random.Random(args.seed).shuffle(records)
+    for found in parallel(measure, records, args.num_threads):
+        if isinstance(found, BadSample):
+            reject(rejected, *found.args)
+        else:
+            groups.setdefault(found[0], []).append(found[1])
+    jobs = [group[start : start + args.samples_per_shard] for _, group in sorted(groups.items())
+            for start in range(0, len(group), args.samples_per_shard)]  # fmt: skip
+    return {"jobs": jobs, "rejected": rejected}
+
+
+def plan_shards(args):
+    """Cuts the input shards into jobs; names every local one that is missing."""
+    urls, size = expand_shards(args.train_shards_path_or_url), args.group_input_shards
+    is_local = {url: not url.startswith("pipe:") and "://" not in url.removeprefix("file:") for url in urls}
+    missing = [url for url in urls if is_local[url] and not Path(re.sub("^file:(//)?", "", url)).is_file()]
+    if missing and not args.skip_unreadable_shards:
+        fail(f"{len(missing)} of {len(urls)} shards do not exist: {', '.join(missing)}")
+    return {"jobs": [urls[start : start + size] for start in range(0, len(urls), size)], "rejected": {}}
+
+
+def read_items(items, args, progress):
+    """Yields records of a folder as they are and the samples of shards, and moves the bar."""
+    for item in items:
+        if isinstance(item, str):
+            yield from read_shard(item, args.shard_timeout)
+        else:
+            yield item
+        progress.update()
+
+
+def run_job(number, items, args, encoder, progress):
+    """Does a job. Says so, and leaves it undone, if one of its input shards could not be read whole."""
+    writer, unreadable = JobWriter(number, args, encoder), None
+    prepare = functools.partial(prepare_sample, args=args)
+    for found in parallel(prepare, read_items(items, args, progress), args.num_threads):
+        if not isinstance(found, BadSample):
+            writer.add(found)
+            continue
+        if found.args[0] not in writer.rejected:
+            progress.write("skipped ({}; others of this job are only counted): {}".format(*found.args), sys.stderr)
+        reject(writer.rejected, *found.args)
+        unreadable = found if found.args[0] == "unreadable shard" and not args.skip_unreadable_shards else unreadable
+    if not unreadable:
+        writer.finish()
+
+
+def begin(args):
+    """Makes the folder and the plan, or finds those of a run that was stopped. Refuses to mix two runs."""
+    output = Path(args.output_dir)
+    progress, index = output / "progress", output / "index.json"
+    try:
+        progress.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=progress).close()
+    except OSError as error:
+        fail(f"--output_dir {output} cannot be written: {error}")
+    settings, state = json.loads(json.dumps(public_settings(args))), progress / "settings.json"
+    if not index.exists() and not state.exists():
+        if list(output.glob("*.tar")):
+            fail(f"--output_dir {output} holds shards that are not of this tool; give another folder")
+        write_whole(state, settings)
+    begun = json.loads((index if index.exists() else state).read_text())
+    begun = begun.get("made_by", {}).get("settings", {}) if index.exists() else begun
+    for name in (name for name in settings | begun if settings.get(name) != begun.get(name)):
+        fail(f"--{name} is {settings.get(name)}, but --output_dir {output} was begun with {begun.get(name)}; "
+             "give that, or another folder")  # fmt: skip
+    if not index.exists() and not (progress / "plan.json").exists() and args.image_folder:
+        write_whole(progress / "plan.json", plan_folder(args))
+
+
+def finish(args, plan, encoder):
+    """Numbers the shards and writes index.json; then nothing of `progress` is needed any more."""
+    output, shards, rejected = Path(args.output_dir), [], dict(plan["rejected"])
+    undone = [number for number in range(len(plan["jobs"])) if not record_path(args, number).exists()]
+    if undone:
+        fail(f"{len(undone)} of {len(plan['jobs'])} jobs are not done: shards could not be read whole (see above); "
+             "start again to try them again, or go on without them by --skip_unreadable_shards")  # fmt: skip
+    for number in range(len(plan["jobs"])):
+        record = json.loads(record_path(args, number).read_text())
+        shards += record["shards"]
+        for reason, (count, example) in record["rejected"].items():
+            reject(rejected, reason, example, count)
+    if not shards:
+        reasons = "; ".join(f"{count} × {reason} ({example})" for reason, (count, example) in rejected.items())
+        shutil.rmtree(output / "progress")  # what was wrong with the source may be put right
+        fail(f"no usable sample: {reasons or 'the source is empty'}")
+    for number, shard in enumerate(shards):
+        made, shard["file"] = output / "progress" / shard["file"], f"{number:05}.tar"
+        if made.exists():  # else an earlier start has renamed it
+            os.replace(made, output / shard["file"])
+    sizes = Counter()
+    for shard in shards:
+        sizes["x".join(map(str, shard["size"])) if shard["size"] else "as they are"] += shard["samples"]
+    versions = {module.__name__: module.__version__ for module in (PIL, torch, diffusers, transformers)}
+    if encoder:
+        write_whole(output / "empty.safetensors", encoder.empty())
+    write_whole(output / "index.json", {
+        "samples": sum(shard["samples"] for shard in shards), "sizes": dict(sorted(sizes.items())),
+        "rejected": rejected, "fingerprint": encoder.fingerprint if encoder else None,
+        "made_by": {"tool": "prepare_shards.py", "versions": versions, "settings": public_settings(args)},
+        "shards": shards})  # fmt: skip
+
+
+def report(args):
+    """Prints what index.json says, and how to train on it."""
+    output = Path(args.output_dir)
+    index = json.loads((output / "index.json").read_text())
+    if missing := [shard["file"] for shard in index["shards"] if not (output / shard["file"]).is_file()]:
+        fail(f"--output_dir {output} is complete by its index.json, but has lost {', '.join(missing)}")
+    shutil.rmtree(output / "progress", ignore_errors=True)
+    print_rejected(index["samples"], index["rejected"])
+    for size, count in index["sizes"].items():
+        print(f"  {size:<24}{count:>10,}")
+    last = len(index["shards"]) - 1
+    pattern = f"{{00000..{last:05}}}" if last else "00000"
+    print(f'--train_shards_path_or_url "{output}/{pattern}.tar" --max_train_samples {index["samples"]}')
+
+
+def print_rejected(usable, rejected):
+    total = usable + sum(count for count, _ in rejected.values())
+    print(f"samples: {total:,}, usable: {usable:,}, rejected: {total - usable:,}")
+    for reason, (count, example) in sorted(rejected.items(), key=lambda item: -item[1][0]):
+        print(f"  {reason:<24}{count:>10,}   e.g. {example}")
+
+
+def write_shards(args):
+    """Does the jobs that are not done yet, a share of them in each process."""
+    is_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.accelerator.is_available()
+    state = PartialState(cpu=is_cpu, timeout=datetime.timedelta(days=30))  # ranks wait for the slowest
+    output, encoder = Path(args.output_dir), None
+    if args.encode and not (output / "index.json").exists():
+        encoder = Encoder(args, state.device)
+    if state.is_main_process:
+        begin(args)
+    state.wait_for_everyone()
+    if not (output / "index.json").exists():
+        plan = json.loads((output / "progress" / "plan.json").read_text()) if args.image_folder else plan_shards(args)
+        left = [number for number in range(len(plan["jobs"])) if not record_path(args, number).exists()]
+        mine = [number for number in left if number % state.num_processes == state.process_index]
+        options = {"unit": "image" if args.image_folder else "shard", "disable": not state.is_main_process,
+                   "desc": f"one of {state.num_processes} processes" if state.num_processes > 1 else None}  # fmt: skip
+        with tqdm(total=sum(len(plan["jobs"][number]) for number in mine), **options) as progress:
+            if len(left) < len(plan["jobs"]) and state.is_main_process:
+                progress.write(f"{len(plan['jobs']) - len(left)} of {len(plan['jobs'])} jobs were done before")
+            for number in mine:
+                run_job(number, plan["jobs"][number], args, encoder, progress)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish(args, plan, encoder)
+    if state.is_main_process:
+        report(args)
+
+
+# ----------------------------------------------------------------------------------------------------------- check
+SHEET = (8, 6)  # columns and rows of the contact sheet
+
+
+def inspect_sample(item, args):
+    """What --check wants to know of an item: its size, captions, bucket, fingerprint and a small picture."""
+    sample = open_item(item, args)
+    info, captions, name = read_sample(sample, args)
+    data, fingerprint, bucket = sample.get("safetensors"), None, None
+    if data:
+        try:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            fingerprint = header["__metadata__"]["fingerprint"]
+        except (ValueError, KeyError) as error:
+            raise BadSample("broken encoding", f"{type(error).__name__}: {error}") from error
+    thumbnail, size = load_image(sample[name], 96, Image.Resampling.BILINEAR) if name else (None, None)
+    size = size or original_size(info, (0, 0))
+    if name and args.buckets:
+        bucket = choose_size(upright_size(io.BytesIO(sample[name])), args)
+    check_filters(dict(zip(("width", "height"), original_size(info, size), strict=True)), args)
+    return SimpleNamespace(size=size, captions=captions, bucket=bucket, fingerprint=fingerprint, thumbnail=thumbnail)
+
+
+def draw_sheet(samples, path):
+    """Draws pictures with the beginning of their captions."""
+    columns, cell, font = SHEET[0], (140, 172), ImageFont.load_default(11)
+    rows = math.ceil(len(samples) / columns)
+    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, sample in enumerate(samples):
+        x, y = index % columns * cell[0] + 6, index // columns * cell[1] + 6
+        sample.thumbnail.thumbnail((128, 128))
+        sheet.paste(sample.thumbnail, (x, y))
+        pen.multiline_text((x, y + 130), "\n".join(textwrap.wrap(sample.captions[0], 22)[:3]), "black", font, spacing=1)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path, "PNG")
+    except OSError as error:
+        fail(f"--contact_sheet {path} cannot be written: {error}")
+
+
+def check(args):
+    """Reads the whole source (Ctrl-C: what there was so far), prints a table and draws a sheet of random pictures."""
+    items, rejected = list_folder(args) if args.image_folder else (expand_shards(args.train_shards_path_or_url), {})
+    samples, drawn, rng, room = [], [], random.Random(args.seed), SHEET[0] * SHEET[1]
+    progress = tqdm(total=len(items), unit="image" if args.image_folder else "shard")
+    inspect = functools.partial(inspect_sample, args=args)
+    with progress, contextlib.suppress(KeyboardInterrupt):
+        for found in parallel(inspect, read_items(items, args, progress), args.num_threads):
+            if isinstance(found, BadSample):
+                reject(rejected, *found.args)
+                continue
+            samples.append(found)
+            place = len(drawn) if len(drawn) < room else rng.randrange(len(samples))
+            if found.thumbnail and place < room:
+                drawn[place : place + 1] = [SimpleNamespace(**vars(found))]
+            found.thumbnail = None  # only those in the sheet are kept
+    print_rejected(len(samples), rejected)
+    if not samples:
+        fail("no usable sample")
+    print_samples(samples, args)
+    if drawn:
+        draw_sheet(drawn, args.contact_sheet)
+        print(f"{args.contact_sheet} shows {len(drawn)} of them")
+
+
+def print_samples(samples, args):
+    """Prints sizes, captions, buckets and encodings of the usable samples."""
+
+    def spread(values):
+        return "{:>10,}{:>10,}{:>10,}".format(min(values), int(statistics.median(values)), max(values))
+
+    captions = [caption for sample in samples for caption in sample.captions]
+    print(f"{'':26}{'least':>10}{'median':>10}{'most':>10}")
+    for name, values in {
+        "width": [sample.size[0] for sample in samples], "height": [sample.size[1] for sample in samples],
+        "captions of a sample": [len(sample.captions) for sample in samples],
+        "characters of a caption": [len(caption) for caption in captions],
+        "words of a caption": [len(caption.split()) for caption in captions],
+    }.items():  # fmt: skip
+        print(f"  {name:<24}{spread(values)}")
+    print(f"  empty captions          {sum(not caption for caption in captions):>10,}")
+    print(f"  a side below --resolution {args.resolution}: {sum(min(s.size) < args.resolution for s in samples):,}")
+    buckets = Counter(f"{s.bucket[0]}x{s.bucket[1]}" for s in samples if s.bucket)
+    encoded = Counter(f"encoded by {s.fingerprint}" for s in samples if s.fingerprint)
+    for name, count in [*sorted(buckets.items()), *encoded.items()]:
+        print(f"  {name:<24}{count:>10,}")
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+# Variant of train_lcm_distill_sd_wds.py: another task
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        check(args) if args.check else write_shards(args)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on from the shards that are done") from None
+    except torch.OutOfMemoryError:
+        fail(f"out of device memory: an --encode_batch_size below {args.encode_batch_size} goes on from what is done")
+
+
+if __name__ == "__main__":
+    main()
