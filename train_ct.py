@@ -156,6 +156,11 @@ def add_model_args(parser):
     add("--lora_target_modules", nargs="+", metavar="NAME", help="layers, by the end of their names (default: "
         "attention, feed-forward, convolutions, time projections)")  # fmt: skip
     add("--init_lora", help="go on from this LoRA: hub id, folder or file; its rank and layers count")
+    add(
+        "--offload_ema",
+        action="store_true",
+        help="keep the EMA on the CPU but for its pass and its update: less memory",
+    )
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's sdpa")
     add("--compile", action="store_true", help="torch.compile the U-Nets: minutes at the start, faster afterwards")
@@ -260,6 +265,8 @@ def check_method_args(parser, args):
         parser.error(f"--init_from {args.init_from} is no folder")
     if args.init_from and args.lora_rank:
         args.init_lora = args.init_lora or args.init_from
+    if args.offload_ema and (args.lora_rank or not args.ema_decay):
+        parser.error("--offload_ema is for a U-Net with an --ema_decay of its own")
     if args.init_lora and not args.lora_rank:
         parser.error("--init_lora needs --lora_rank")
     if args.dropout is not None and args.lora_rank:
@@ -868,13 +875,18 @@ class Denoiser:
         self.unet, self.base, self.adapter = unet, base, adapter
         self.dtype, self.guidance_dim = base.conv_in.weight.dtype, base.config.time_cond_proj_dim
         self.layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        self.is_offloaded = False  # on the CPU, and lent to the device for a call
 
     def __call__(self, x_t, t, c, w):
         select_adapter(self.layers, self.adapter)
         if self.guidance_dim:  # as the pipelines' get_guidance_scale_embedding
             w = get_timestep_embedding(1000 * w.float(), self.guidance_dim, downscale_freq_shift=1).to(self.dtype)
-        condition = w if self.guidance_dim else None
-        return self.unet(x_t.to(self.dtype), t, c.to(self.dtype), timestep_cond=condition, return_dict=False)[0].float()
+        options = {"timestep_cond": w if self.guidance_dim else None, "return_dict": False}
+        given = x_t.to(self.dtype), t, c.to(self.dtype)
+        if not self.is_offloaded:
+            return self.unet(*given, **options)[0].float()
+        lent = {name: value.to(x_t.device, non_blocking=True) for name, value in self.unet.state_dict().items()}
+        return torch.func.functional_call(self.unet, lent, given, options)[0].float()
 
 
 def guided_prediction(teacher, schedule, x_t, t, c, uncond, w):
@@ -1063,7 +1075,8 @@ def load_models(args, scheduler, accelerator):
         fail(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net takes {student.config.in_channels}")
     text_encoder.to(accelerator.device)
     for model in {vae, student, target}:  # channels-last halves a VAE's time on a CPU, and helps tensor cores
-        model.to(accelerator.device, memory_format=torch.channels_last)
+        device = "cpu" if args.offload_ema and model is target else accelerator.device
+        model.to(device, memory_format=torch.channels_last)
     networks = {"student": student, "target": target}
     parameters = {f"{name}_parameters": adapter_parameters(networks[name], adapters[name]) if adapters else
                   list(networks[name].parameters()) for name in ("student", "target")}  # fmt: skip
@@ -1078,8 +1091,9 @@ def load_models(args, scheduler, accelerator):
         student.enable_gradient_checkpointing()
     schedule = Schedule(scheduler, args.num_ddim_timesteps, accelerator.device)
     scheduler = make_scheduler(scheduler.config, args)
-    return SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, **networks, adapters=adapters,
-                           **parameters, schedule=schedule, scheduler=scheduler)  # fmt: skip
+    return SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, **networks,
+                           adapters=adapters, is_offloaded=args.offload_ema, **parameters, schedule=schedule,
+                           scheduler=scheduler)  # fmt: skip
 
 
 # Variant of train_cd_multiboundary.py: no teacher
@@ -1106,10 +1120,10 @@ def prepare(models, optimizer, accelerator):
     wrapped = {"target": models.target}
     wrapped["student"], optimizer = accelerator.prepare(models.student, optimizer)
     if models.target is not models.student:
-        wrapped["target"] = accelerator.prepare_model(models.target, evaluation_mode=True)  # autocast as the student
-    return {
-        name: Denoiser(unet, getattr(models, name), models.adapters.get(name)) for name, unet in wrapped.items()
-    }, optimizer
+        wrapped["target"] = accelerator.prepare_model(models.target, device_placement=False, evaluation_mode=True)
+    nets = {name: Denoiser(unet, getattr(models, name), models.adapters.get(name)) for name, unet in wrapped.items()}
+    nets["target"].is_offloaded = models.is_offloaded
+    return nets, optimizer
 
 
 # Copied from train_cd_multiboundary.py
@@ -1676,6 +1690,15 @@ def step_generator(run, micro_step):
     return torch.Generator(run.accelerator.device).manual_seed(seed)
 
 
+@torch.no_grad()
+def update_target(models, args):
+    """θ⁻ ← μ θ⁻ + (1 − μ) θ, all at once, or layer by layer where θ⁻ is kept on the CPU."""
+    if not args.offload_ema:
+        return torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
+    for target, student in zip(models.target_parameters, models.student_parameters, strict=True):
+        target.copy_(target.to(student.device).lerp_(student, 1 - args.ema_decay))
+
+
 # Variant of train_lcm_distill_sd_wds.py: no teacher, the curriculum
 def train_step(run):
     """One optimizer step over --gradient_accumulation_steps micro-batches, then the EMA of the target."""
@@ -1696,8 +1719,7 @@ def train_step(run):
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm)
                 optimizer_step(run, grad_norm)
-    with torch.no_grad():
-        torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
+    update_target(models, args)
     run.history.append(torch.stack([loss_sum, grad_norm]))
 
 

@@ -1544,6 +1544,13 @@ def step_generator(run, micro_step):
     return torch.Generator(run.accelerator.device).manual_seed(seed)
 
 
+# Copied from train_tcd_distill_lora_sd_wds.py
+@torch.no_grad()
+def update_target(models, args):
+    """θ⁻ ← μ θ⁻ + (1 − μ) θ."""
+    torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
+
+
 # Variant of train_lcm_distill_sd_wds.py: micro-conditioning
 def train_step(run):
     """One optimizer step over --gradient_accumulation_steps micro-batches, then the EMA of the target."""
@@ -1566,8 +1573,7 @@ def train_step(run):
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm)
                 optimizer_step(run, grad_norm)
-    with torch.no_grad():
-        torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
+    update_target(models, args)
     run.history.append(torch.stack([loss_sum, grad_norm]))
 
 

@@ -121,6 +121,11 @@ def add_model_args(parser):
     add("--cache_dir", help="where downloaded models are kept")
     add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, help="teacher in the compute precision (default)")
     add("--unet_time_cond_proj_dim", type=number(int, 4), default=256, help="width of the guidance embedding w")
+    add(
+        "--offload_ema",
+        action="store_true",
+        help="keep the EMA on the CPU but for its pass and its update: less memory",
+    )
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's sdpa")
     add("--compile", action="store_true", help="torch.compile the U-Nets: minutes at the start, faster afterwards")
@@ -747,18 +752,23 @@ def draw(x_0, schedule, args, generator):
 class Denoiser:
     """A U-Net in the paper's terms: `net(x_t, t, c, w)` runs it in its own precision and gives its output in float32.
 
-    c: (batch, tokens, width). w (batch,) goes in as an embedding where the U-Net takes one, and is ignored elsewhere.
+    c: (batch, tokens, width). w (batch,) goes in as an embedding where the U-Net takes one, and is ignored elsewhere. A
+    U-Net that is kept on the CPU, `is_offloaded`, is lent to the device for the call.
     """
 
-    def __init__(self, unet, config):
+    def __init__(self, unet, config, is_offloaded=False):
         self.unet, self.dtype = unet, next(unet.parameters()).dtype
-        self.guidance_dim = config.time_cond_proj_dim
+        self.guidance_dim, self.is_offloaded = config.time_cond_proj_dim, is_offloaded
 
     def __call__(self, x_t, t, c, w):
         if self.guidance_dim:  # as the pipelines' get_guidance_scale_embedding
             w = get_timestep_embedding(1000 * w.float(), self.guidance_dim, downscale_freq_shift=1).to(self.dtype)
-        condition = w if self.guidance_dim else None
-        return self.unet(x_t.to(self.dtype), t, c.to(self.dtype), timestep_cond=condition, return_dict=False)[0].float()
+        options = {"timestep_cond": w if self.guidance_dim else None, "return_dict": False}
+        given = x_t.to(self.dtype), t, c.to(self.dtype)
+        if not self.is_offloaded:
+            return self.unet(*given, **options)[0].float()
+        lent = {name: value.to(x_t.device, non_blocking=True) for name, value in self.unet.state_dict().items()}
+        return torch.func.functional_call(self.unet, lent, given, options)[0].float()
 
 
 def guided_prediction(teacher, schedule, x_t, t, c, uncond, w):
@@ -879,7 +889,8 @@ def load_models(args, scheduler, accelerator):
     text_encoder.to(accelerator.device)
     for model in (vae, teacher, student, target):  # channels-last halves a VAE's time on a CPU, and helps tensor cores
         is_plain = args.use_8bit_adam and model is student  # bitsandbytes makes its parameters so at every step
-        model.to(accelerator.device, memory_format=torch.contiguous_format if is_plain else torch.channels_last)
+        device = "cpu" if args.offload_ema and model is target else accelerator.device
+        model.to(device, memory_format=torch.contiguous_format if is_plain else torch.channels_last)
     for model in (teacher, student, target):
         if args.enable_xformers_memory_efficient_attention:
             model.enable_xformers_memory_efficient_attention()
@@ -888,17 +899,19 @@ def load_models(args, scheduler, accelerator):
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     schedule = Schedule(scheduler, args.num_ddim_timesteps, accelerator.device)
+    parameters = {"student_parameters": list(student.parameters()), "target_parameters": list(target.parameters())}
     return SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, teacher=teacher, student=student,
-                           target=target, student_parameters=list(student.parameters()),
-                           target_parameters=list(target.parameters()), schedule=schedule,
+                           target=target, is_offloaded=args.offload_ema, **parameters, schedule=schedule,
                            scheduler=make_scheduler(scheduler.config, args))  # fmt: skip
 
 
 def prepare(models, optimizer, accelerator):
     """Gives the networks and the optimizer to accelerate; returns the Denoisers by name, and the optimizer."""
     student, optimizer = accelerator.prepare(models.student, optimizer)
-    target = accelerator.prepare_model(models.target, evaluation_mode=True)  # autocast as the student
-    return {"student": Denoiser(student, models.student.config), "target": Denoiser(target, models.target.config),
+    # autocast as the student; it is on its device already
+    target = accelerator.prepare_model(models.target, device_placement=False, evaluation_mode=True)
+    return {"student": Denoiser(student, models.student.config),
+            "target": Denoiser(target, models.target.config, models.is_offloaded),
             "teacher": Denoiser(models.teacher, models.teacher.config)}, optimizer  # fmt: skip
 
 
@@ -1375,6 +1388,15 @@ def step_generator(run, micro_step):
     return torch.Generator(run.accelerator.device).manual_seed(seed)
 
 
+@torch.no_grad()
+def update_target(models, args):
+    """θ⁻ ← μ θ⁻ + (1 − μ) θ, all at once, or layer by layer where θ⁻ is kept on the CPU."""
+    if not args.offload_ema:
+        return torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
+    for target, student in zip(models.target_parameters, models.student_parameters, strict=True):
+        target.copy_(target.to(student.device).lerp_(student, 1 - args.ema_decay))
+
+
 def train_step(run):
     """One optimizer step over --gradient_accumulation_steps micro-batches, then the EMA of the target."""
     args, accelerator, models = run.args, run.accelerator, run.models
@@ -1393,8 +1415,7 @@ def train_step(run):
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm)
                 optimizer_step(run, grad_norm)
-    with torch.no_grad():
-        torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
+    update_target(models, args)
     run.history.append(torch.stack([loss_sum, grad_norm]))
 
 

@@ -186,6 +186,15 @@ def test_gradient_checkpointing_changes_nothing(train, straight, tmp_path):
     torch.testing.assert_close(read_losses(output), read_losses(straight), rtol=1e-4, atol=0)
 
 
+@over([name for name, case in SCRIPTS.items() if not case.is_lora])
+def test_ema_on_the_cpu_changes_nothing(train, straight, tmp_path, monkeypatch):
+    """On a CPU nothing moves, but the lent weights and the update layer by layer are those of a GPU."""
+    seen, plain = [], torch.func.functional_call
+    monkeypatch.setattr(torch.func, "functional_call", lambda *given: seen.append(1) or plain(*given))
+    assert_same_end(train(tmp_path, "--offload_ema"), straight)
+    assert len(seen) == 4
+
+
 @over(SCRIPTS, "weight, sizes", [("0", {2}), ("3", {2, 4})])
 def test_no_unconditional_pass_without_guidance(script, train, tmp_path, monkeypatch, weight, sizes):
     seen, plain = set(), script.Denoiser.__call__
