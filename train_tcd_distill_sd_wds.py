@@ -1541,6 +1541,10 @@ def main(argv=None):
     handle_signals(run)
     try:
         train(run)
+    except torch.OutOfMemoryError as error:
+        savers = ("gradient_checkpointing", "use_8bit_adam", "offload_ema")
+        flags = ", ".join(["a smaller --train_batch_size", *(f"--{k}" for k in savers if not getattr(args, k, True))])
+        fail(f"out of device memory: {first_line(error)} Try {flags}")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

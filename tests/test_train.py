@@ -460,6 +460,18 @@ def spoil_losses(script, monkeypatch):
     return patch
 
 
+@over(SCRIPTS)
+def test_out_of_memory_ends_with_advice(case, train, tmp_path, on_call):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    on_call("train_step", 2, fail)
+    with pytest.raises(SystemExit, match="^error: out of device memory: CUDA out of memory.*--train_batch_size") as end:
+        train(tmp_path, "--gradient_checkpointing")
+    assert "--use_8bit_adam" in end.value.code and "--gradient_checkpointing" not in end.value.code
+    assert ("--offload_ema" in end.value.code) == (not case.is_lora) and "\n" not in end.value.code
+
+
 @pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
 @over(SCRIPTS, "flags", first_and([[], ["--use_8bit_adam"], ["--gradient_accumulation_steps", "2"]], [[]]))
 def test_step_that_is_not_finite_is_skipped(train, tmp_path, spoil_losses, flags, gradient_only):
