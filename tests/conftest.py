@@ -112,6 +112,7 @@ class Case:
     pipeline: object = make_pipeline  # builds a tiny teacher
     is_lora: bool = False
     is_sdxl: bool = False
+    embeds_w: bool = False  # its student is given the guidance weight
 
     @property
     def path(self):
@@ -135,11 +136,13 @@ class Case:
 
 LORA_FLAGS = ("--lora_rank", "4", "--lora_alpha", "6")
 SCRIPTS = {case.name: case for case in (
-    Case("train_lcm_distill_sd_wds", "LCMScheduler", ("--timestep_scaling_factor", "9")),
-    Case("train_tcd_distill_sd_wds", "TCDScheduler"),
+    Case("train_lcm_distill_sd_wds", "LCMScheduler", ("--timestep_scaling_factor", "9"), embeds_w=True),
+    Case("train_tcd_distill_sd_wds", "TCDScheduler", embeds_w=True),
     Case("train_tcd_distill_lora_sd_wds", "TCDScheduler", LORA_FLAGS, is_lora=True),
     Case("train_lcm_distill_lora_sdxl_wds", "LCMScheduler", (*LORA_FLAGS, "--timestep_scaling_factor", "9"),
          make_sdxl_pipeline, is_lora=True, is_sdxl=True),
+    Case("train_cd_multiboundary", "TCDScheduler"),
+    Case("train_ct", "LCMScheduler", ("--timestep_scaling_factor", "9", "--ema_decay", "0.9")),
 )}  # fmt: skip
 
 
