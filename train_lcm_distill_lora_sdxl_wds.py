@@ -417,7 +417,7 @@ def to_rgb(image):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_image(data, resolution, resample):
@@ -432,14 +432,16 @@ def load_image(data, resolution, resample):
         too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
         if not too_large:
             image.draft(None, [math.ceil(side * scale) for side in size])
-            image = to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            image = to_rgb(image)
     except Exception as error:  # decoders raise almost anything on damaged data
         raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
     if too_large:
         raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
     if (image.width < image.height) != (size[0] < size[1]):
         size = size[::-1]
-    return image.resize([max(resolution, round(side * scale)) for side in size], resample), size
+    resized = tuple(max(resolution, round(side * scale)) for side in size)
+    return image if image.size == resized else image.resize(resized, resample), size
 
 
 def read_captions(sample, info):
