@@ -497,8 +497,15 @@ def decode_sample(sample, args, rng):
     time_ids = [size[1], size[0], y, x, args.resolution, args.resolution]
     if args.use_fix_crop_and_size:
         time_ids = [args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]
-    return {"pixel_values": torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), "captions": caption,
+    return {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1), "captions": caption,
             "time_ids": torch.tensor(time_ids)}  # fmt: skip
+
+
+def stack(tensors):
+    """Stacks tensors. Images (3, height, width) stay channels-last in memory, as PIL has them and the VAE likes them."""
+    if tensors[0].ndim < 3:
+        return torch.stack(tensors)
+    return torch.stack([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2)
 
 
 class ShardStream(torch.utils.data.IterableDataset):
@@ -562,7 +569,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                 batch.append(sample)
                 if len(batch) == self.args.train_batch_size:
                     columns = {name: [sample[name] for sample in batch] for name in sample}
-                    columns = {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in columns.items()}
+                    columns = {k: stack(v) if torch.is_tensor(v[0]) else v for k, v in columns.items()}
                     yield {**columns, "worker": worker, "cursor": cursor, "skipped": dict(self.skipped),
                            "details": self.details}  # fmt: skip
                     batch, self.skipped, self.details = [], Counter(), {}

@@ -488,7 +488,14 @@ def decode_sample(sample, args, rng):
     image = image.crop((x, y, x + args.resolution, y + args.resolution))
     if args.random_flip and flip < 0.5:
         image = ImageOps.mirror(image)
-    return {"pixel_values": torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), "captions": caption}
+    return {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1), "captions": caption}
+
+
+def stack(tensors):
+    """Stacks tensors. Images (3, height, width) stay channels-last in memory, as PIL has them and the VAE likes them."""
+    if tensors[0].ndim < 3:
+        return torch.stack(tensors)
+    return torch.stack([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2)
 
 
 class ShardStream(torch.utils.data.IterableDataset):
@@ -552,7 +559,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                 batch.append(sample)
                 if len(batch) == self.args.train_batch_size:
                     columns = {name: [sample[name] for sample in batch] for name in sample}
-                    columns = {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in columns.items()}
+                    columns = {k: stack(v) if torch.is_tensor(v[0]) else v for k, v in columns.items()}
                     yield {**columns, "worker": worker, "cursor": cursor, "skipped": dict(self.skipped),
                            "details": self.details}  # fmt: skip
                     batch, self.skipped, self.details = [], Counter(), {}
