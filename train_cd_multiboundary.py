@@ -522,7 +522,7 @@ def decode_sample(sample, args, rng):
 
 
 def stack(tensors):
-    """Stacks tensors. Images (3, height, width) stay channels-last in memory, as PIL has them and the VAE likes them."""
+    """Stacks tensors. Images (3, height, width) stay channels-last in memory, as PIL and the VAE have them."""
     if tensors[0].ndim < 3:
         return torch.stack(tensors)
     return torch.stack([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2)
