@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.PHONY: test lint demo demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct clean
+.PHONY: test lint demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct clean
 
 test: lint
 	$(PYTHON) -m pytest
@@ -19,13 +19,13 @@ lint: .venv/installed
 	$(PYTHON) tools/copies.py
 
 # each distils the emoji teacher with demo/<method>.args into demo/output-<method>
-demo demo-long: SCRIPT := train_lcm_distill_sd_wds.py
+demo-lcm demo-long: SCRIPT := train_lcm_distill_sd_wds.py
 demo-tcd: SCRIPT := train_tcd_distill_sd_wds.py
 demo-tcd-lora: SCRIPT := train_tcd_distill_lora_sd_wds.py
-demo-cd4 demo-cd1: SCRIPT := train_cd_multiboundary.py
+demo demo-cd4 demo-cd1: SCRIPT := train_cd_multiboundary.py
 demo-ct: SCRIPT := train_ct.py
 
-demo demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct: .venv/installed
+demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct: .venv/installed
 	rm -rf $(@:demo%=demo/output%)
 	$(PYTHON) $(SCRIPT) @demo/$(@:demo-%=%).args
 	cp $(@:demo%=demo/output%)/samples.png $(@:demo%=demo/output%)/comparison.png

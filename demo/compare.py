@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDSchedul
 from PIL import Image, ImageDraw, ImageFont
 
 DEMO = Path(__file__).resolve().parent
-METHODS = {"ct": "consistency training", "cd1": "CD, one segment", "cd4": "CD, 4 segments", "": "LCM, make demo",
+METHODS = {"ct": "consistency training", "cd1": "CD, one segment", "cd4": "CD, 4 segments", "lcm": "LCM, 420 steps",
            "long": "LCM, demo-long", "tcd": "TCD", "tcd-lora": "TCD-LoRA"}  # fmt: skip
 PROMPTS = {"full": [0, 3], "category": [0, 3]}  # lines of demo/prompts_*.txt
 STEPS, GUIDANCE = (1, 2, 4, 8), 3.0

@@ -27,9 +27,9 @@ def test_prompts_are_captions_of_the_shards():
     assert set(category) <= {caption.rpartition(", ")[2] for caption in captions}
 
 
-SCRIPTS = {"demo": "train_lcm_distill_sd_wds", "long": "train_lcm_distill_sd_wds", "tcd": "train_tcd_distill_sd_wds",
-           "tcd-lora": "train_tcd_distill_lora_sd_wds", "cd4": "train_cd_multiboundary",
-           "cd1": "train_cd_multiboundary", "ct": "train_ct"}  # fmt: skip
+SCRIPTS = {"demo": "train_cd_multiboundary", "lcm": "train_lcm_distill_sd_wds", "long": "train_lcm_distill_sd_wds",
+           "tcd": "train_tcd_distill_sd_wds", "tcd-lora": "train_tcd_distill_lora_sd_wds",
+           "cd4": "train_cd_multiboundary", "cd1": "train_cd_multiboundary", "ct": "train_ct"}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted(DEMO.glob("*.args")), ids=lambda path: path.name)
