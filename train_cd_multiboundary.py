@@ -1179,7 +1179,7 @@ def save_checkpoint(run):
         try:
             write_checkpoint(run, temporary, cursors, history, skipped)
         except Exception as error:  # a full disk: Python, safetensors and torch.save each raise another kind
-            fail(f"{final} cannot be written: {first_line(error)}; the checkpoints before it are whole")
+            fail(f"{final} cannot be written: {first_line(error)}; make room, and --resume_from_checkpoint latest")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         whole = list_checkpoints(args.output_dir)
