@@ -25,9 +25,10 @@ Launch with
         --train_batch_size=24 --mixed_precision=bf16 --gradient_checkpointing --output_dir=ct-sd15
 
 `output_dir` then holds a StableDiffusionPipeline with a matching LCMScheduler, or with --lora_rank a LoRA for
-diffusers, ComfyUI and A1111. `consistency_gap` in metrics.jsonl tells whether f becomes consistent; `fidelity/*`
-compares with the model that the run started from, as a reference. A run that was stopped goes on with
-`--resume_from_checkpoint=latest`, and ends in the very weights of a run that was not.
+diffusers, ComfyUI and A1111. In metrics.jsonl `trajectory_gap`, on the starting model's trajectories, and
+`consistency_gap`, on noising paths, tell whether f becomes consistent; `fidelity/*` compares with the model that the
+run started from, as a reference. A run that was stopped goes on with `--resume_from_checkpoint=latest`, and ends in the
+very weights of a run that was not.
 """
 
 import argparse
@@ -1530,6 +1531,29 @@ def starting_model(run):
 
 
 @torch.no_grad()
+def starting_trajectory(run, sampler, points=8, finer=6, most=8):
+    """[(t, x_t)] at eight times of the starting model's unguided trajectories from the validation's noise."""
+    schedule, x, c = run.models.schedule, sampler.noise[:most], sampler.c[:most]
+    times = np.linspace(schedule.num_train_timesteps - 1, 0, points * finer + 1).round().astype(int).tolist()
+    times, found = [torch.full((len(x),), time_, device=x.device) for time_ in times], []
+    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        if index % finer == 0:
+            found.append((t, x))
+        x0_hat, eps_hat = guided_prediction(run.nets["teacher"], schedule, x, t, c, None, torch.zeros_like(t))
+        x = schedule.jump(x0_hat, eps_hat, t_next)
+    return found
+
+
+@torch.no_grad()
+def trajectory_gap(run, images):
+    """Mean square distance of the student's f at the times of a trajectory to f at the last: 0 if f is consistent."""
+    net, schedule = run.nets["student"], run.models.schedule
+    found = [predict_x0(net, schedule, x_t, t, images["sampler"].c[: len(x_t)], t, run.args)
+             for t, x_t in images["trajectory"]]  # fmt: skip
+    return (torch.stack(found[:-1]) - found[-1]).square().mean().item()
+
+
+@torch.no_grad()
 def consistency_gap(run, images, levels=8):
     """Mean square distance between the student's f at neighbouring ones of eight times, on fixed noising paths."""
     models, args, device = run.models, run.args, run.accelerator.device
@@ -1561,8 +1585,10 @@ def validate_size(run, size, suffix):
             with starting_model(run):
                 images |= {("teacher", k): sampler.images("teacher", k) for k in sorted({50, *steps})}
                 images |= {("untrained", k): sampler.images("untrained", k) for k in steps}
+                images["trajectory"] = starting_trajectory(run, sampler)
     sampler, metrics = images["sampler"], {"consistency_gap": consistency_gap(run, run.references)}
     if not args.from_scratch:
+        metrics[f"trajectory_gap{suffix}"] = trajectory_gap(run, images)
         images |= {(name, k): sampler.images(name, k) for name in ("student", "target") for k in steps}
         found = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
         metrics |= {key.replace("fidelity", f"fidelity{suffix}"): value for key, value in found.items()}

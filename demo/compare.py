@@ -97,7 +97,8 @@ def main(argv=None):
         pipe, scale = load_pipeline(runs.get(method))
         for row, steps in enumerate(STEPS):
             y = TOP + row * (CELL + 2 * LINE + GAP)
-            pen.text((GAP, y + CELL // 2), f"{steps} step{'s' * (steps > 1)}", "black", font)
+            if column == 0:
+                pen.text((GAP, y + CELL // 2), f"{steps} step{'s' * (steps > 1)}", "black", font)
             if column == 0 and row:
                 continue
             canvas.paste(draw_cell(pipe, scale, 50 if column == 0 else steps, prompts), (x, y))

@@ -627,6 +627,18 @@ def test_gap_is_asked_on_noising_paths(ct):
         torch.testing.assert_close(x.double(), alpha * x_0 + sigma * eps, rtol=0, atol=1e-5)
 
 
+def test_gap_along_trajectories_is_the_mean_square_to_the_last(ct):
+    schedule = make_schedule(ct)
+    answers = iter([3.0, -1.0, 1.0])
+    net = ct.Denoiser.__new__(ct.Denoiser)
+    path = [(torch.full((2,), t), randn(seed=t)[:2]) for t in (900, 500, 100)]
+    run = SimpleNamespace(nets={"student": net}, args=None, models=SimpleNamespace(schedule=schedule))
+    images = {"sampler": SimpleNamespace(c=randn(seed=9)), "trajectory": path}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ct, "predict_x0", lambda *_: torch.full((2, 1), next(answers)))
+        assert ct.trajectory_gap(run, images) == pytest.approx(((3 - 1) ** 2 + (-1 - 1) ** 2) / 2)
+
+
 @pytest.mark.parametrize("flags, share", [(["--learning_rate", "5e-3"], 0.75),
                                           ([*LORA, "--learning_rate", "1e-2", "--discretization", "ect"], 0.9)],
                          ids=["full", "lora"])  # fmt: skip
@@ -671,7 +683,8 @@ def test_validation_metrics(shown, kind):
     start, end = lines[0], lines[-1]
     names = [f"fidelity/{net}_{figure}_k{k}" for net in ("teacher", "untrained", "student", "target")
              for figure in ("psnr", "sharpness") for k in (1, 4)]  # fmt: skip
-    assert all(line.keys() == {"step", "consistency_gap", *names} for line in lines)
+    assert all(line.keys() == {"step", "consistency_gap", "trajectory_gap", *names} for line in lines)
+    assert len({line["trajectory_gap"] for line in lines}) == 3
     for network in ("student", "target"):
         key = f"fidelity/{network}_psnr_k1"
         assert start[key] == pytest.approx(start["fidelity/untrained_psnr_k1"], abs=1e-3) and end[key] != start[key]
