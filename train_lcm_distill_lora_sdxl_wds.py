@@ -276,11 +276,8 @@ def check_environment(args):
     for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # where rank 0, which alone saves, would wait for the others
         if f"ACCELERATE_USE_{kind}" in is_set:
             fail(f"{kind} is not supported; use distributed_type MULTI_GPU, and --use_8bit_adam to save memory")
-    if (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1
-        and not torch.cuda.is_available()
-        and "ACCELERATE_USE_CPU" not in is_set
-    ):
+    is_parallel = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if is_parallel and not torch.cuda.is_available() and "ACCELERATE_USE_CPU" not in is_set:
         fail("several processes without a GPU do not find each other unless ACCELERATE_USE_CPU=true is set")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
@@ -1108,9 +1105,7 @@ class Run:
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
     stop_signal: int = 0
-    history: list = dataclasses.field(
-        default_factory=list
-    )  # (loss, grad_norm) a step since the last log, on the device
+    history: list = dataclasses.field(default_factory=list)  # (loss, grad_norm) of the steps since the last log
     references: dict = dataclasses.field(default_factory=dict)  # validation pictures that training does not change
 
 

@@ -121,11 +121,7 @@ def add_model_args(parser):
     add("--cache_dir", help="where downloaded models are kept")
     add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, help="teacher in the compute precision (default)")
     add("--unet_time_cond_proj_dim", type=number(int, 4), default=256, help="width of the guidance embedding w")
-    add(
-        "--offload_ema",
-        action="store_true",
-        help="keep the EMA on the CPU but for its pass and its update: less memory",
-    )
+    add("--offload_ema", action="store_true", help="keep the EMA on the CPU but for its pass and its update")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's sdpa")
     add("--compile", action="store_true", help="torch.compile the U-Nets: minutes at the start, faster afterwards")
@@ -257,11 +253,8 @@ def check_environment(args):
     for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # where rank 0, which alone saves, would wait for the others
         if f"ACCELERATE_USE_{kind}" in is_set:
             fail(f"{kind} is not supported; use distributed_type MULTI_GPU, and --use_8bit_adam to save memory")
-    if (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1
-        and not torch.cuda.is_available()
-        and "ACCELERATE_USE_CPU" not in is_set
-    ):
+    is_parallel = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if is_parallel and not torch.cuda.is_available() and "ACCELERATE_USE_CPU" not in is_set:
         fail("several processes without a GPU do not find each other unless ACCELERATE_USE_CPU=true is set")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
@@ -948,6 +941,7 @@ def decode_latents(vae, latents):
     return (vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
+@torch.no_grad()
 def encode_prompts(models, captions):
     """Captions → conditioning (batch, tokens, width), in the text encoder's precision."""
     length, encoder = models.tokenizer.model_max_length, models.text_encoder
@@ -977,9 +971,7 @@ class Run:
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
     stop_signal: int = 0
-    history: list = dataclasses.field(
-        default_factory=list
-    )  # (loss, grad_norm) a step since the last log, on the device
+    history: list = dataclasses.field(default_factory=list)  # (loss, grad_norm) of the steps since the last log
     references: dict = dataclasses.field(default_factory=dict)  # validation pictures that training does not change
 
 
