@@ -38,6 +38,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -66,7 +67,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import (
     AutoencoderKL,
     BitsAndBytesConfig,
@@ -82,7 +83,7 @@ from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextModel
 from webdataset.gopen import Pipe, gopen
@@ -94,6 +95,7 @@ logger = logging.getLogger("train")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
 INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST  # which is exact in PIL
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
                    "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
@@ -168,7 +170,10 @@ def add_data_args(parser):
     add("--train_shards_path_or_url", nargs="+", required=True, metavar="SHARDS",
         help="tar shards: brace patterns, paths, URLs, pipe: commands, or a .txt list with one a line")  # fmt: skip
     add("--max_train_samples", type=number(int, 1), help="samples in an epoch (default: counted, if shards are files)")
-    add("--resolution", type=number(int, 1), default=512, help="side of the square training images, in pixels")
+    add("--encoded_shards", action=argparse.BooleanOptionalAction, help="read the latents and text embeddings that "
+        "prepare_shards.py stored (default: if the first sample has them)")  # fmt: skip
+    add("--resolution", type=number(int, 1), default=512, help="side of the square training images, in pixels; root of "
+        "the area of those that prepare_shards.py cropped to buckets")  # fmt: skip
     add("--interpolation_type", default="bilinear", choices=sorted(INTERPOLATION), help="filter of the resize")
     add("--center_crop", action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
@@ -216,7 +221,8 @@ def add_training_args(parser):
     add("--scale_lr", action="store_true", help="multiply it by batch size × accumulation × processes")
     add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="schedule of the learning rate")
     add("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of linear warm-up (not for 'constant')")
-    add("--use_8bit_adam", action="store_true", help="bitsandbytes AdamW8bit: a quarter of the optimizer's memory")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="8-bit ones need a quarter of the memory")
+    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--adam_beta1", type=number(float, 0, 1), default=0.9, help="decay of the first moment")
     add("--adam_beta2", type=number(float, 0, 1), default=0.999, help="decay of the second moment")
     add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
@@ -294,6 +300,8 @@ def parse_args(argv=None):
     check_method_args(parser, args)
     if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
         parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
+    if args.use_8bit_adam:
+        args.optimizer = "adamw8bit"
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.cast_teacher_unet is None:
@@ -314,7 +322,7 @@ def check_environment(args):
     is_set = {name for name, value in os.environ.items() if value.lower() in ("1", "true", "yes")}
     for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # where rank 0, which alone saves, would wait for the others
         if f"ACCELERATE_USE_{kind}" in is_set:
-            fail(f"{kind} is not supported; use distributed_type MULTI_GPU, and --use_8bit_adam to save memory")
+            fail(f"{kind} is not supported; use distributed_type MULTI_GPU, and --optimizer adamw8bit to save memory")
     is_parallel = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if is_parallel and not torch.cuda.is_available() and "ACCELERATE_USE_CPU" not in is_set:
         fail("several processes without a GPU do not find each other unless ACCELERATE_USE_CPU=true is set")
@@ -322,8 +330,11 @@ def check_environment(args):
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
     if xformers and not torch.cuda.is_available():
         fail("--enable_xformers_memory_efficient_attention needs a GPU; without it PyTorch's attention is used")
+    if args.optimizer.startswith("paged") and not torch.cuda.is_available():
+        fail(f"--optimizer {args.optimizer} needs a GPU; use adamw8bit")
     wanted = {"wandb": args.report_to in ("wandb", "all"), "tensorboard": args.report_to in ("tensorboard", "all"),
-              "bitsandbytes": args.use_8bit_adam, "xformers": xformers}  # fmt: skip
+              "bitsandbytes": "8bit" in args.optimizer, "prodigyopt": args.optimizer == "prodigy",
+              "xformers": xformers}  # fmt: skip
     for package in (package for package, is_wanted in wanted.items() if is_wanted):
         try:
             __import__(package)
@@ -353,10 +364,11 @@ def public_args(args):
 
 # ----------------------------------------------------------------------- data · copied from train_lcm_distill_sd_wds.py
 IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
-MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json"}  # nothing else of a shard is ever read
+MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json", "safetensors"}  # nothing else of a shard is ever read
 MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
 FILTERS = ("below min_image_size", "above max_pwatermark")
-FAULTS = ("unreadable shard", "duplicate member", "no image", "no caption", "broken image", "image too large")
+FAULTS = ("unreadable shard", "duplicate member", "no image", "no caption", "broken image", "image too large",
+          "other resolution", "broken encoding", "other encoding")  # fmt: skip
 
 
 class BadSample(Exception):
@@ -499,8 +511,52 @@ def check_filters(info, args):
         raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
 
 
+def training_size(info, args):
+    """(width, height) of a sample's picture: a square, or as tools/prepare_shards.py cropped it. Raises BadSample."""
+    crop = info.get("crop")
+    if not (isinstance(crop, list) and len(crop) == 4 and all(isinstance(side, int) and side > 0 for side in crop[2:])):
+        return args.resolution, args.resolution
+    if not args.resolution**2 < 2 * crop[2] * crop[3] <= 2 * args.resolution**2:
+        raise BadSample("other resolution", f"cropped to {crop[2]}x{crop[3]}, --resolution is {args.resolution}")
+    return crop[2:]
+
+
+def check_fingerprint(made, args):
+    """Raises BadSample that names the first difference if a sample was encoded for another model or other flags."""
+    flags = {"model": "pretrained_teacher_model", "revision": "teacher_revision", "vae_revision": "revision",
+             "vae": "pretrained_vae_model_name_or_path"}  # fmt: skip
+    for name in (*flags, "resolution", "center_crop", "interpolation_type", "random_flip"):
+        flag, found = flags.get(name, name), made.get(name)
+        wanted = getattr(args, flag)
+        if name in ("model", "vae"):  # a folder may have been moved
+            wanted, found = (value and Path(value).resolve().name for value in (wanted, found))
+        if wanted != found and not (name == "random_flip" and found):
+            raise BadSample("other encoding", f"made with {name} {found}, --{flag} is {wanted}: give that or re-encode")
+
+
+def decode_encoded(data, pick, is_flipped, args):
+    """Reads what tools/prepare_shards.py encoded: the posterior of the latents, `mean` and `std` (channels, height/8,
+    width/8), and `text` (tokens, width), for SDXL also `pooled` (width,), of caption number `pick`. Raises BadSample.
+    """
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        check_fingerprint(json.loads(header["__metadata__"]["fingerprint"]), args)
+        tensors, kind = load(data), "flipped" if is_flipped else "latents"
+        found = {"mean": tensors[f"{kind}_mean"], "std": tensors[f"{kind}_std"], "text": tensors["text"][pick]}
+        found |= {"pooled": tensors["pooled"][pick]} if "pooled" in tensors else {}
+        is_sane = found["mean"].shape == found["std"].shape and all(value.isfinite().all() for value in found.values())
+        if not is_sane or found["mean"][0].numel() > args.resolution**2 // 16:  # a VAE's factor is 4 or more
+            raise ValueError("its tensors are too large, not finite or of different shapes")
+    except BadSample:
+        raise
+    except Exception as error:  # a damaged file raises almost anything
+        raise BadSample("broken encoding", f"{type(error).__name__}: {error}") from error
+    return found
+
+
 def decode_sample(sample, args, rng):
-    """Decodes a sample; gives `pixel_values`, uint8 (3, resolution, resolution), and `captions`, one text.
+    """Decodes a sample; gives `captions`, one text, and `pixel_values`, uint8 (3, height, width), or of an encoded one
+    what decode_encoded does, and whether the caption `is_empty`.
 
     Raises BadSample. `rng` decides caption, caption dropout, crop and flip, always with the same number of draws.
     """
@@ -514,19 +570,27 @@ def decode_sample(sample, args, rng):
     info = info if isinstance(info, dict) else {}
     check_filters(info, args)
     found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
-    data = next((sample[name] for name in IMAGE_MEMBERS if name in sample), None)
+    is_encoded = "safetensors" in sample if args.encoded_shards is None else args.encoded_shards
+    wanted = ("safetensors",) if is_encoded else IMAGE_MEMBERS
+    data = next((sample[name] for name in wanted if name in sample), None)
     if data is None:
-        raise BadSample("no image", f"needed: {', '.join(IMAGE_MEMBERS)}; found: {found}")
+        raise BadSample("no image", f"needed: {', '.join(wanted)}; found: {found}")
     captions = read_captions(sample, info)
     if not captions:
         raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} or caption in the json; found: {found}")
-    caption = captions[int(pick * len(captions))] if drop >= args.proportion_empty_prompts else ""
-    image, _ = load_image(data, args.resolution, INTERPOLATION[args.interpolation_type])
+    pick, is_flipped = int(pick * len(captions)), args.random_flip and flip < 0.5
+    caption = captions[pick] if drop >= args.proportion_empty_prompts else ""
+    if is_encoded:
+        encoded = decode_encoded(data, pick, is_flipped, args)
+        return {**encoded, "captions": caption, "is_empty": torch.tensor(not caption)}
+    width, height = training_size(info, args)
+    image, _ = load_image(data, min(width, height), INTERPOLATION[args.interpolation_type])
+    if image.width < width or image.height < height:
+        raise BadSample("broken image", f"{image.width}x{image.height} pixels, by its json {width}x{height}")
     left, top = (0.5, 0.5) if args.center_crop else (left, top)
-    x, y = int(left * (image.width - args.resolution + 1)), int(top * (image.height - args.resolution + 1))
-    image = image.crop((x, y, x + args.resolution, y + args.resolution))
-    if args.random_flip and flip < 0.5:
-        image = ImageOps.mirror(image)
+    x, y = int(left * (image.width - width + 1)), int(top * (image.height - height + 1))
+    image = image.crop((x, y, x + width, y + height))
+    image = ImageOps.mirror(image) if is_flipped else image
     return {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1), "captions": caption}
 
 
@@ -541,20 +605,23 @@ class ShardStream(torch.utils.data.IterableDataset):
     """An endless, exactly resumable stream of batches over shards: a pure function of (seed, position).
 
     Shard position p means shard permutation(epoch = p // S)[p % S], seeded by (seed, epoch). The stream's items are
-    `leftover` (positions with the number of samples already used) and then all positions from `next` on; global worker
-    g of G takes the items g, g + G, …. The cursor of a worker, (item, sample), is what it will read next; samples are
-    counted in the shard's shuffled order, which depends on (seed, p) alone, as does every random choice in decoding.
+    `leftover` (positions, the number of samples already used, and which of them alone are wanted or None) and then all
+    positions from `next` on; global worker g of G takes the items g, g + G, …. A batch is of one size; other samples
+    are held until theirs is full. The cursor of a worker, (item, sample, held), is what it will read next and what it
+    holds, as [item, [samples]]; samples are counted in the shard's shuffled order, which depends on (seed, p) alone, as
+    does every random choice in decoding.
 
-    `state` is None, or `stream` of a checkpoint's state.json. A batch is a dict: what decode_sample gives, as
-    tensors and lists; worker, cursor, skipped (counts by reason), details (an example of each); or it has an `error`.
+    `state` is None, or `stream` of a checkpoint's state.json; `shapes` are the leading dimensions that encoded tensors
+    must have. A batch is a dict: what decode_sample gives, as tensors and lists; worker, cursor, skipped (counts by
+    reason), details (an example of each); or it has an `error`.
     """
 
-    def __init__(self, urls, args, rank=0, world_size=1, state=None):
-        self.urls, self.args, self.rank = urls, args, rank
+    def __init__(self, urls, args, rank=0, world_size=1, state=None, shapes=None):
+        self.urls, self.args, self.rank, self.shapes = urls, args, rank, shapes or {}
         self.num_workers = max(1, args.dataloader_num_workers)
         self.state = resume_stream(state, world_size * self.num_workers)
 
-    def shard_samples(self, position, start):
+    def shard_samples(self, position, start, wanted):
         """Yields (number, undecoded sample) of the shard at `position`, from sample `start` of its shuffled order."""
         epoch, index = divmod(position, len(self.urls))
         order = list(range(len(self.urls)))
@@ -562,21 +629,23 @@ class ShardStream(torch.utils.data.IterableDataset):
         samples = read_shard(self.urls[order[index]], self.args.shard_timeout)
         rng = random.Random(f"{self.args.seed}/shard/{position}")
         for count, sample in enumerate(shuffled(samples, self.args.shuffle_buffer_size, rng)):
-            if count >= start:
+            if count >= start and (wanted is None or count in wanted):
                 yield count, sample
 
     def usable_samples(self, worker):
-        """Yields (decoded sample, cursor after it) for ever. Raises BadSample when too few samples are usable."""
+        """Yields (decoded sample, (item, number)) for ever. Raises BadSample when too few samples are usable."""
         recent, barren = deque(maxlen=1000), 0
-        item, start = self.state["cursors"][self.rank * self.num_workers + worker]
+        item, start, held = self.state["cursors"][self.rank * self.num_workers + worker]
+        later = itertools.count(item + self.state["stride"], self.state["stride"])
+        todo = [*((i, 0, numbers) for i, numbers in held), (item, start, None)]
         self.skipped, self.details = Counter(), {}
-        while barren <= len(self.urls):
-            position, offset = stream_item(self.state, item)
+        for item, start, numbers in itertools.chain(todo, ((i, 0, None) for i in later)):
+            position, offset, wanted = stream_item(self.state, item)
             barren += 1
-            for index, sample in self.shard_samples(position, max(start, offset)):
+            for index, sample in self.shard_samples(position, max(start, offset), numbers or wanted):
                 try:
                     rng = random.Random(f"{self.args.seed}/sample/{position}/{index}")
-                    yield decode_sample(sample, self.args, rng), (item, index + 1)
+                    yield check_shapes(decode_sample(sample, self.args, rng), self.shapes), (item, index)
                     recent.append(None)
                     barren = 0
                 except BadSample as bad:
@@ -586,22 +655,27 @@ class ShardStream(torch.utils.data.IterableDataset):
                     faults = sum(reason in FAULTS for reason in recent)
                     if len(recent) == 1000 and (faults > 1000 * self.args.max_bad_samples or None not in recent):
                         raise BadSample("too few of the last 1,000 samples are usable", recent) from bad
-            item, start = item + self.state["stride"], 0
-        raise BadSample("a whole epoch gave no usable sample", recent)
+            if barren > len(self.urls):
+                raise BadSample("a whole epoch gave no usable sample", recent)
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker = ((info.id if info else 0) + self.state["turn"]) % self.num_workers
-        batch = []
+        start, size, held = self.state["cursors"][self.rank * self.num_workers + worker], self.args.train_batch_size, {}
         try:
-            for sample, cursor in self.usable_samples(worker):
-                batch.append(sample)
-                if len(batch) == self.args.train_batch_size:
+            for sample, place in self.usable_samples(worker):
+                group = held.setdefault(tuple(value.shape for value in sample.values() if torch.is_tensor(value)), [])
+                group.append((place, sample))
+                if len(group) >= size and place >= tuple(start[:2]):  # what was held is there again
+                    batch, group[:] = [sample for _, sample in group[:size]], group[size:]
+                    places = sorted(place for others in held.values() for place, _ in others)
+                    places = itertools.groupby(places, key=lambda place: place[0])
+                    places = [[item, [number for _, number in numbers]] for item, numbers in places]
                     columns = {name: [sample[name] for sample in batch] for name in sample}
                     columns = {k: stack(v) if torch.is_tensor(v[0]) else v for k, v in columns.items()}
-                    yield {**columns, "worker": worker, "cursor": cursor, "skipped": dict(self.skipped),
-                           "details": self.details}  # fmt: skip
-                    batch, self.skipped, self.details = [], Counter(), {}
+                    yield {**columns, "worker": worker, "cursor": (place[0], place[1] + 1, places),
+                           "skipped": dict(self.skipped), "details": self.details}  # fmt: skip
+                    self.skipped, self.details = Counter(), {}
         except BadSample as bad:  # as an exception it would reach the user as a worker's traceback
             message, recent = bad.args
             reasons = "; ".join(f"{count} × {reason}" for reason, count in Counter(filter(None, recent)).most_common())
@@ -609,10 +683,18 @@ class ShardStream(torch.utils.data.IterableDataset):
             yield {"error": f"{message} (filters? --max_bad_samples?): {reasons or 'the shards are empty'}; {example}"}
 
 
+def check_shapes(sample, shapes):
+    """Returns a decoded sample. Raises BadSample if an encoded tensor's first dimensions are not those wanted."""
+    for name in shapes.keys() & sample.keys():
+        if (found := tuple(sample[name].shape))[: len(shapes[name])] != tuple(shapes[name]):
+            raise BadSample("other encoding", f"{name} has the shape {found}, the model's begins with {shapes[name]}")
+    return sample
+
+
 def stream_item(state, index):
-    """Returns (shard position, samples of it already used) of the stream's item `index`."""
+    """Returns (shard position, samples of it already used, which alone are wanted or None) of the item `index`."""
     leftover = state["leftover"]
-    return tuple(leftover[index]) if index < len(leftover) else (state["next"] + index - len(leftover), 0)
+    return tuple(leftover[index]) if index < len(leftover) else (state["next"] + index - len(leftover), 0, None)
 
 
 def resume_stream(state, stride):
@@ -627,14 +709,15 @@ def resume_stream(state, stride):
     if state:
         logger.warning("The number of loader workers changed: no sample is repeated or lost, but their order changes.")
         cursors = state["cursors"]
-        end = max([len(state["leftover"]), *(item + 1 for item, _ in cursors)])
-        for index in range(min(item for item, _ in cursors), end):
-            item, sample = cursors[index % len(cursors)]
-            position, offset = stream_item(state, index)
+        end = max([len(state["leftover"]), *(item + 1 for item, *_ in cursors)])
+        leftover = [[stream_item(state, item)[0], 0, numbers] for *_, held in cursors for item, numbers in held]
+        for index in range(min(item for item, *_ in cursors), end):
+            item, sample, _ = cursors[index % len(cursors)]
+            position, offset, wanted = stream_item(state, index)
             if index >= item:
-                leftover.append([position, max(offset, sample) if index == item else offset])
+                leftover.append([position, max(offset, sample) if index == item else offset, wanted])
     start = stream_item(state, end)[0] if state else 0
-    cursors = [[worker, 0] for worker in range(stride)]
+    cursors = [[worker, 0, []] for worker in range(stride)]
     return {"leftover": leftover, "next": start, "stride": stride, "cursors": cursors, "turn": 0}
 
 
@@ -697,7 +780,8 @@ def expand_shards(patterns):
 def check_shards(urls, args, most=100):
     """Names every local shard that is missing and every URL (of the first `most`) that does not answer; never hangs.
 
-    Then reads the first shard until a sample is usable, and says what was found instead if it holds none.
+    Then reads the first shard until a sample is usable, and says what was found instead if it holds none. Returns
+    whether that sample is encoded.
     """
 
     def problem(url):
@@ -719,8 +803,7 @@ def check_shards(urls, args, most=100):
     reasons, examples = Counter(), {}
     for sample in read_shard(urls[0], args.shard_timeout, tries=1):
         try:
-            decode_sample(sample, args, random.Random(0))
-            return
+            return "pixel_values" not in decode_sample(sample, args, random.Random(0))
         except BadSample as bad:
             reasons[bad.args[0]] += 1
             examples.setdefault(*bad.args)
@@ -728,14 +811,14 @@ def check_shards(urls, args, most=100):
     fail(f"the first shard {redact(urls[0])} holds no usable sample: {text or 'it is empty'}")
 
 
-def count_samples(urls):
-    """Counts the images in local shards from their tar headers, for runs without --max_train_samples."""
+def count_samples(urls, args):
+    """Counts the samples in local shards from their tar headers, for runs without --max_train_samples."""
     if any("://" in url or url.startswith("pipe:") for url in urls):
         fail("give --max_train_steps, or --max_train_samples: samples behind URLs and pipes are not counted")
-    total = 0
+    total, wanted = 0, ("safetensors",) if args.encoded_shards else IMAGE_MEMBERS
     for url in urls:
         with tarfile.open(url) as shard:
-            total += sum(name.rsplit(".", 1)[-1].lower() in IMAGE_MEMBERS for name in shard.getnames())
+            total += sum(name.rsplit(".", 1)[-1].lower() in wanted for name in shard.getnames())
     return total
 
 
@@ -1076,14 +1159,15 @@ def load_models(args, scheduler, accelerator):
         fail(f"--{flag}: {sides[flag]} must be multiples of the VAE's factor, {factor}")
     if vae.config.latent_channels != student.config.in_channels:
         fail(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net takes {student.config.in_channels}")
-    text_encoder.to(accelerator.device)
+    text_encoder.to("cpu" if args.encoded_shards else accelerator.device)
     for model in {vae, student, target}:  # channels-last halves a VAE's time on a CPU, and helps tensor cores
-        device = "cpu" if args.offload_ema and model is target else accelerator.device
+        is_offloaded = model is target and args.offload_ema or model is vae and args.encoded_shards
+        device = "cpu" if is_offloaded else accelerator.device
         model.to(device, memory_format=torch.channels_last)
     networks = {"student": student, "target": target}
     parameters = {f"{name}_parameters": adapter_parameters(networks[name], adapters[name]) if adapters else
                   list(networks[name].parameters()) for name in ("student", "target")}  # fmt: skip
-    for parameter in parameters["student_parameters"] if args.use_8bit_adam else ():
+    for parameter in parameters["student_parameters"] if "8bit" in args.optimizer else ():
         parameter.data = parameter.data.contiguous()  # as bitsandbytes makes it at every step
     for model in {student, target}:
         if args.enable_xformers_memory_efficient_attention:
@@ -1146,18 +1230,32 @@ def load_network(models, name, tensors):
     set_peft_model_state_dict(unet, tensors, adapter) if adapter else unet.load_state_dict(tensors)
 
 
+@contextlib.contextmanager
+def lent(model, device):
+    """Brings a model that is kept on the CPU to the device for a while."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
 @torch.no_grad()
-def encode_images(vae, pixel_values, chunk, generator):
-    """uint8 pixels (batch, 3, height, width) → float32 latents (batch, channels, height/8, width/8), sampled."""
+def encode_images(vae, pixel_values, chunk):
+    """uint8 pixels (batch, 3, height, width) → mean and standard deviation of the latents, float32 (batch, channels,
+    height/8, width/8), before the scaling factor.
+    """
     pixels = (pixel_values / 127.5 - 1).to(vae.dtype, memory_format=torch.channels_last)
-    latents = [vae.encode(part).latent_dist.sample(generator) for part in pixels.split(chunk)]
-    return torch.cat(latents).float() * vae.config.scaling_factor
+    found = [vae.encode(part).latent_dist for part in pixels.split(chunk)]
+    return torch.cat([part.mean for part in found]).float(), torch.cat([part.std for part in found]).float()
 
 
 @torch.no_grad()
 def decode_latents(vae, latents):
     """Latents → images in [0, 1], float32 (batch, 3, height, width)."""
-    return (vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
+    with lent(vae, latents.device):
+        return (vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -1168,6 +1266,37 @@ def encode_prompts(models, captions):
     tokens = tokens.to(encoder.device, non_blocking=True)
     mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
     return encoder(tokens.input_ids, attention_mask=mask)[0]
+
+
+def find_empty(models, urls):
+    """Embedding of the empty prompt by name, (1, …), as the encoded shards came with or as the text encoder gives it.
+
+    Ends the run if the stored one is of another text encoder.
+    """
+    path, found = Path(re.sub("^file:(//)?", "", urls[0])).with_name("empty.safetensors"), encode_prompts(models, [""])
+    computed = dict(zip(("text", "pooled"), found if isinstance(found, tuple) else (found,), strict=False))
+    if not path.is_file():  # behind a URL
+        return computed
+    stored = {name: value.to(computed["text"].device) for name, value in load_file(path).items()}
+    for name, value in computed.items():
+        if stored[name].shape != value.shape or (stored[name] - value).norm() > 0.1 * value.norm():
+            fail(f"{path} is not this teacher's {name} embedding: the shards were encoded for another model")
+    return stored
+
+
+@torch.no_grad()
+def encode_batch(run, batch, generator):
+    """Latents x_0, float32 and sampled, and conditioning c of a batch: encoded here, or as its shards hold them."""
+    models, names = run.models, {"mean", "std", "text", "pixel_values", "is_empty"} & batch.keys()
+    given = {name: batch[name].to(run.accelerator.device, non_blocking=True) for name in names}
+    if "pixel_values" in given:
+        mean, std = encode_images(models.vae, given["pixel_values"], run.args.vae_encode_batch_size)
+        c = encode_prompts(models, batch["captions"])
+    else:
+        mean, std = given["mean"].float(), given["std"].float()
+        c = torch.where(given["is_empty"].view(-1, 1, 1), run.empty["text"], given["text"])
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return (mean + std * noise) * models.vae.config.scaling_factor, c
 
 
 # ----------------------------------------------------- checkpoints and export · copied from train_lcm_distill_sd_wds.py
@@ -1186,6 +1315,7 @@ class Run:
     lr_scheduler: object
     reader: BatchReader
     uncond: torch.Tensor | None
+    empty: dict  # with encoded shards, the embedding of an empty caption
     step: int = 0
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
@@ -1224,7 +1354,7 @@ def save_checkpoint(run):
     sample's on (seed, position).
     """
     args, accelerator, reader = run.args, run.accelerator, run.reader
-    cursors = accelerator.gather(torch.tensor(reader.cursors, device=accelerator.device)).tolist()
+    cursors = gather_object(reader.cursors)
     history, skipped = gather_history(run), reduce_skipped(run)
     if accelerator.is_main_process:
         final, temporary = (Path(args.output_dir, f"{name}-{run.step}") for name in ("checkpoint", "tmp-checkpoint"))
@@ -1473,8 +1603,9 @@ class Sampler:
         width, height = (side // 2 ** (len(models.vae.config.block_out_channels) - 1) for side in size)
         shape = (len(self.prompts) * self.seeds, models.vae.config.latent_channels, height, width)
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(run.accelerator.device)
-        self.c = encode_prompts(models, self.prompts).repeat_interleave(self.seeds, dim=0)
-        self.uncond = encode_prompts(models, [args.validation_negative_prompt])
+        with lent(models.text_encoder, self.noise.device):
+            self.c = encode_prompts(models, self.prompts).repeat_interleave(self.seeds, dim=0)
+            self.uncond = encode_prompts(models, [args.validation_negative_prompt])
 
     def images(self, name, steps, stock=False):
         """Pictures of `teacher` (guided), `untrained` (the teacher as consistency function), `student` or `target`."""
@@ -1523,26 +1654,30 @@ def starting_model(run):
 
 
 @torch.no_grad()
-def starting_trajectory(run, sampler, points=8, finer=6, most=8):
-    """[(t, x_t)] at eight times of the starting model's unguided trajectories from the validation's noise."""
-    schedule, x, c = run.models.schedule, sampler.noise[:most], sampler.c[:most]
+def starting_trajectory(run, sampler, points=8, finer=6):
+    """[(c, [(t, x_t)])]: the validation's noise on the starting model's unguided trajectories, at eight times each."""
+    schedule, found = run.models.schedule, []
     times = np.linspace(schedule.num_train_timesteps - 1, 0, points * finer + 1).round().astype(int).tolist()
-    times, found = [torch.full((len(x),), time_, device=x.device) for time_ in times], []
-    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
-        if index % finer == 0:
-            found.append((t, x))
-        x0_hat, eps_hat = guided_prediction(run.nets["teacher"], schedule, x, t, c, None, torch.zeros_like(t))
-        x = schedule.jump(x0_hat, eps_hat, t_next)
+    for x, c in zip(sampler.noise.split(sampler.chunk), sampler.c.split(sampler.chunk), strict=True):
+        visited = []
+        for index, (now, then) in enumerate(zip(times, times[1:], strict=False)):
+            t = torch.full((len(x),), now, device=x.device)
+            if index % finer == 0:
+                visited.append((t, x))
+            x0_hat, eps_hat = guided_prediction(run.nets["teacher"], schedule, x, t, c, None, torch.zeros_like(t))
+            x = schedule.jump(x0_hat, eps_hat, torch.full_like(t, then))
+        found.append((c, visited))
     return found
 
 
 @torch.no_grad()
 def trajectory_gap(run, images):
     """Mean square distance of the student's f at the times of a trajectory to f at the last: 0 if f is consistent."""
-    net, schedule = run.nets["student"], run.models.schedule
-    found = [predict_x0(net, schedule, x_t, t, images["sampler"].c[: len(x_t)], t, run.args)
-             for t, x_t in images["trajectory"]]  # fmt: skip
-    return (torch.stack(found[:-1]) - found[-1]).square().mean().item()
+    net, schedule, squares = run.nets["student"], run.models.schedule, []
+    for c, visited in images["trajectory"]:
+        found = torch.stack([predict_x0(net, schedule, x_t, t, c, t, run.args) for t, x_t in visited])
+        squares.append((found[:-1] - found[-1]).square().transpose(0, 1))
+    return torch.cat(squares).mean().item()
 
 
 @torch.no_grad()
@@ -1552,10 +1687,8 @@ def consistency_gap(run, images, levels=8):
     if "paths" not in images:
         batch = next(iter(ShardStream(run.reader.stream.urls, args)))  # a stream of its own: training's is untouched
         generator = torch.Generator(device).manual_seed(args.seed)
-        pixel_values = batch["pixel_values"].to(device)
-        x_0 = encode_images(models.vae, pixel_values, args.vae_encode_batch_size, generator)
-        eps = torch.randn(x_0.shape, generator=generator, device=device)
-        images["paths"] = x_0, eps, encode_prompts(models, batch["captions"])
+        x_0, c = encode_batch(run, batch, generator)
+        images["paths"] = x_0, torch.randn(x_0.shape, generator=generator, device=device), c
     x_0, eps, c = images["paths"]
     found = []
     for now in np.linspace(0, models.schedule.num_train_timesteps - 1, levels + 1)[1:].round():
@@ -1691,13 +1824,15 @@ def log_metrics(run, clock, progress):
     losses, grad_norms = losses[good], grad_norms[grad_norms.isfinite()]
     seconds = time.perf_counter() - clock["time"]
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    memory = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else memory
+    memory, free = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, psutil.virtual_memory().available
+    if accelerator.device.type == "cuda":
+        memory, free = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
     loss = losses.mean().item() if len(losses) else None
     metrics = {"loss": loss,
                "grad_norm": grad_norms.mean().item() if len(grad_norms) else None,
                "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": batch * (run.step - clock["step"]) / seconds,
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
+               "free_memory_gb": free / 2**30,
                "nonfinite_steps": run.nonfinite_steps, "skipped": reduce_skipped(run)}  # fmt: skip
     run.history.clear()
     run.reader.waited, clock["time"], clock["step"] = 0.0, time.perf_counter(), run.step
@@ -1736,9 +1871,7 @@ def train_step(run):
     for micro_step in range(args.gradient_accumulation_steps):
         batch, generator = run.reader.next_batch(), step_generator(run, micro_step)
         with accelerator.accumulate(run.nets["student"].unet):
-            pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)
-            x_0 = encode_images(models.vae, pixel_values, args.vae_encode_batch_size, generator)
-            c = encode_prompts(models, batch["captions"])
+            x_0, c = encode_batch(run, batch, generator)
             draws = draw(x_0, models.schedule, args, generator, run.step)
             loss = training_loss(**run.nets, schedule=models.schedule, x_0=x_0, c=c, draws=draws, args=args)
             accelerator.backward(loss)
@@ -1820,44 +1953,69 @@ def make_accelerator(args):
 
 
 def make_optimizer(args, parameters, num_processes):
-    """AdamW, fused (or 8-bit), and its schedule, which is stepped once an optimizer step on every rank."""
+    """The optimizer, and its schedule, which is stepped once an optimizer step on every rank."""
     scale = args.train_batch_size * args.gradient_accumulation_steps * num_processes if args.scale_lr else 1
-    settings = {"lr": args.learning_rate * scale, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
-                "weight_decay": args.adam_weight_decay}  # fmt: skip
-    if args.use_8bit_adam:
-        import bitsandbytes
+    settings = {"lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}
+    adam = {**settings, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, fused=True, **adam)
+    elif args.optimizer == "adafactor":
+        optimizer = torch.optim.Adafactor(parameters, **settings)
+    elif args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
 
-        optimizer = bitsandbytes.optim.AdamW8bit(parameters, **settings)
+        if args.learning_rate < 0.1:
+            logger.warning("prodigy finds its learning rate by itself; --learning_rate should be 1, and scales it")
+        optimizer = Prodigy(parameters, safeguard_warmup=True, use_bias_correction=True, **adam)
     else:
-        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+        from bitsandbytes import optim
+
+        kinds = {"adamw8bit": optim.AdamW8bit, "paged_adamw8bit": optim.PagedAdamW8bit, "lion8bit": optim.Lion8bit}
+        adam = {k: v for k, v in adam.items() if k != "eps"} if args.optimizer == "lion8bit" else adam
+        optimizer = kinds[args.optimizer](parameters, **adam)
     schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
 
 
 # Variant of train_lcm_distill_sd_wds.py: no teacher
+def unconditional(models, nets, args):  # noqa: ARG001
+    """None: training has no unconditional half."""
+
+
 def start_run(args, accelerator):
     """Checks the inputs, loads models, data and checkpoint, and returns the Run."""
     scheduler = check_teacher(args)
     load_prompts(args)
     urls = expand_shards(args.train_shards_path_or_url)
     checkpoint = find_checkpoint(args)
-    if accelerator.is_main_process:
-        check_shards(urls, args)
-    accelerator.wait_for_everyone()
+    args.encoded_shards = broadcast_object_list([accelerator.is_main_process and check_shards(urls, args)])[0]
     if args.max_train_steps is None:
         images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        samples = args.max_train_samples or count_samples(urls)
+        samples = args.max_train_samples or count_samples(urls, args)
         args.max_train_steps = args.num_train_epochs * math.ceil(samples / images)
     models = load_models(args, scheduler, accelerator)
     optimizer, lr_scheduler = make_optimizer(args, models.student_parameters, accelerator.num_processes)
     nets, optimizer = prepare(models, optimizer, accelerator)
+    with lent(models.text_encoder, accelerator.device):
+        uncond = unconditional(models, nets, args)
+        empty = find_empty(models, urls) if args.encoded_shards else {}
+    shapes = {"mean": [models.vae.config.latent_channels], **{name: value.shape[1:] for name, value in empty.items()}}
     rank, world_size, state = accelerator.process_index, accelerator.num_processes, checkpoint and checkpoint["stream"]
-    reader = BatchReader(ShardStream(urls, args, rank, world_size, state), accelerator.device)
-    run = Run(args, accelerator, models, nets, optimizer, lr_scheduler, reader, None)
+    reader = BatchReader(ShardStream(urls, args, rank, world_size, state, shapes), accelerator.device)
+    run = Run(args, accelerator, models, nets, optimizer, lr_scheduler, reader, uncond, empty)
     if checkpoint:
         load_checkpoint(run, checkpoint)
     trim_metrics(run)
     return run
+
+
+def memory_savers(args):
+    """What is still to be tried against an out-of-memory error, by the flags in use."""
+    yield from ["a smaller --train_batch_size"] if args.train_batch_size > 1 else []
+    yield from (f"--{k}" for k in ("gradient_checkpointing", "offload_ema") if not getattr(args, k, True))
+    yield from ["--optimizer adamw8bit"] if args.optimizer == "adamw" else []
+    yield from ["shards that prepare_shards.py encoded (no VAE, no text encoder)"] if not args.encoded_shards else []
+    yield from ["a smaller --resolution"]
 
 
 def main(argv=None):
@@ -1873,9 +2031,7 @@ def main(argv=None):
     try:
         train(run)
     except torch.OutOfMemoryError as error:
-        savers = ("gradient_checkpointing", "use_8bit_adam", "offload_ema")
-        flags = ", ".join(["a smaller --train_batch_size", *(f"--{k}" for k in savers if not getattr(args, k, True))])
-        fail(f"out of device memory: {first_line(error)} Try {flags}")
+        fail(f"out of device memory: {first_line(error)} Try {', '.join(memory_savers(args))}")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -629,14 +629,14 @@ def test_gap_is_asked_on_noising_paths(ct):
 
 def test_gap_along_trajectories_is_the_mean_square_to_the_last(ct):
     schedule = make_schedule(ct)
-    answers = iter([3.0, -1.0, 1.0])
+    answers = iter([3.0, -1.0, 1.0, 0.0, 2.0, 2.0])
     net = ct.Denoiser.__new__(ct.Denoiser)
     path = [(torch.full((2,), t), randn(seed=t)[:2]) for t in (900, 500, 100)]
     run = SimpleNamespace(nets={"student": net}, args=None, models=SimpleNamespace(schedule=schedule))
-    images = {"sampler": SimpleNamespace(c=randn(seed=9)), "trajectory": path}
+    images = {"trajectory": [(randn(seed=9), path), (randn(seed=8), path)]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ct, "predict_x0", lambda *_: torch.full((2, 1), next(answers)))
-        assert ct.trajectory_gap(run, images) == pytest.approx(((3 - 1) ** 2 + (-1 - 1) ** 2) / 2)
+        assert ct.trajectory_gap(run, images) == pytest.approx(((3 - 1) ** 2 + (-1 - 1) ** 2 + (0 - 2) ** 2 + 0) / 4)
 
 
 @pytest.mark.parametrize("flags, share", [(["--learning_rate", "5e-3"], 0.75),

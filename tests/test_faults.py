@@ -173,9 +173,10 @@ def place(checkpoint):
     """Where a run over `fours` stopped: with some shard half read, or else with whole epochs read or not."""
     stream = json.loads((checkpoint / "state.json").read_text())["stream"]
     used = Counter()
-    for worker, (item, sample) in enumerate(stream["cursors"]):
+    for worker, (item, sample, held) in enumerate(stream["cursors"]):
         used.update({position: 4 for position in range(worker, item, stream["stride"])})
         used[item] += sample
+        assert not held  # all pictures have one size
     positions = {position for position, count in used.items() if count}
     if any(used[position] != 4 for position in positions):
         return "inside a shard"

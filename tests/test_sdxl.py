@@ -213,7 +213,8 @@ def test_vae_that_must_be_float32_is(script, start, teacher, tmp_path):
     assert {value.dtype for value in run.models.vae.parameters()} == {torch.float32}
     assert run.models.text_encoder[0].dtype == run.models.unet.conv_in.weight.dtype == torch.bfloat16
     pixels = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    found = script.encode_images(run.models.vae, pixels, 32, torch.Generator().manual_seed(1))
+    batch = {"pixel_values": pixels, "captions": ["a"] * 3, "time_ids": torch.zeros(3, 6)}
+    found, _ = script.encode_batch(run, batch, torch.Generator().manual_seed(1))
     with torch.no_grad():
         posterior = vae.encode(pixels.float() / 127.5 - 1).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
@@ -223,7 +224,7 @@ def test_vae_that_must_be_float32_is(script, start, teacher, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     run = start("--mixed_precision", "bf16", "--pretrained_vae_model_name_or_path", str(tmp_path / "vae"))
     assert {value.dtype for value in run.models.vae.parameters()} == {torch.bfloat16}
-    assert not torch.equal(script.encode_images(run.models.vae, pixels, 32, torch.Generator().manual_seed(1)), found)
+    assert not torch.equal(script.encode_batch(run, batch, torch.Generator().manual_seed(1))[0], found)
 
 
 # ------------------------------------------------------------------------------------------------------------ runs

@@ -797,9 +797,9 @@ def test_a_first_shard_with_one_usable_sample_is_enough(lcm, tmp_path):
 
 
 def test_images_of_local_shards_are_counted(lcm, urls):
-    assert lcm.count_samples(urls) == COUNT
+    assert lcm.count_samples(urls, make_args(lcm)) == COUNT
     with pytest.raises(SystemExit, match="--max_train_samples"):
-        lcm.count_samples(["pipe:cat 0.tar"])
+        lcm.count_samples(["pipe:cat 0.tar"], make_args(lcm))
 
 
 @pytest.mark.parametrize(

@@ -217,8 +217,7 @@ def public_settings(args):
 # Copied from train_lcm_distill_sd_wds.py
 IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
 
-
-# Variant of train_lcm_distill_sd_wds.py: encoded members too
+# Copied from train_lcm_distill_sd_wds.py
 MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json", "safetensors"}  # nothing else of a shard is ever read
 # Copied from train_lcm_distill_sd_wds.py
 MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
@@ -575,8 +574,7 @@ def crop_sample(data, source, args):
     left, top = (0.5, 0.5) if args.center_crop else (rng.random(), rng.random())
     x, y = int(left * (image.width - width + 1)), int(top * (image.height - height + 1))
     place = {"crop": [x, y, width, height], "time_ids": [size[1], size[0], y, x, height, width]}
-    if args.random_flip:  # where the crop lies in the mirrored picture
-        place["time_ids_flipped"] = [size[1], size[0], y, image.width - width - x, height, width]
+    place["time_ids_flipped"] = [size[1], size[0], y, image.width - width - x, height, width]  # of the mirrored picture
     return image.crop((x, y, x + width, y + height)), size, place
 
 
