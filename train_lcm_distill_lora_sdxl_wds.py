@@ -507,7 +507,7 @@ def decode_encoded(data, pick, is_flipped, args):
         found = {"mean": tensors[f"{kind}_mean"], "std": tensors[f"{kind}_std"], "text": tensors["text"][pick]}
         found |= {"pooled": tensors["pooled"][pick]} if "pooled" in tensors else {}
         is_sane = found["mean"].shape == found["std"].shape and all(value.isfinite().all() for value in found.values())
-        if not is_sane or found["mean"][0].numel() > args.resolution**2 // 16:  # a VAE's factor is 4 or more
+        if not is_sane or found["mean"][0].numel() > args.resolution**2:
             raise ValueError("its tensors are too large, not finite or of different shapes")
     except BadSample:
         raise

@@ -478,7 +478,7 @@ def decode_encoded(data, pick, is_flipped, args):
         found = {"mean": tensors[f"{kind}_mean"], "std": tensors[f"{kind}_std"], "text": tensors["text"][pick]}
         found |= {"pooled": tensors["pooled"][pick]} if "pooled" in tensors else {}
         is_sane = found["mean"].shape == found["std"].shape and all(value.isfinite().all() for value in found.values())
-        if not is_sane or found["mean"][0].numel() > args.resolution**2 // 16:  # a VAE's factor is 4 or more
+        if not is_sane or found["mean"][0].numel() > args.resolution**2:
             raise ValueError("its tensors are too large, not finite or of different shapes")
     except BadSample:
         raise
@@ -918,7 +918,7 @@ def check_teacher(args):
 
 
 def load_frozen(args, dtype):
-    """Loads tokenizer, text encoder and VAE, frozen. The VAE is float32 where its config says `force_upcast`."""
+    """Loads tokenizer, text encoder and VAE, frozen. `force_upcast` of its config, true by default, is SDXL's alone."""
     path, source = args.pretrained_teacher_model, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
     tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **source)
     text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **source)
@@ -927,8 +927,7 @@ def load_frozen(args, dtype):
                                             cache_dir=args.cache_dir)  # fmt: skip
     else:
         vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **source)
-    vae.to(torch.float32 if vae.config.get("force_upcast") else dtype)
-    return tokenizer, text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
+    return tokenizer, text_encoder.requires_grad_(False).eval(), vae.to(dtype).requires_grad_(False).eval()
 
 
 def make_student(teacher, args):

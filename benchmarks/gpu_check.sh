@@ -123,7 +123,7 @@ speed gradient-checkpointing 90 bf16 --gradient_checkpointing
 if [ "$DRY" != 1 ]; then
     speed bf16-compile 230 bf16 --compile
     speed fp16 90 fp16
-    speed 8bit 90 bf16 --use_8bit_adam
+    speed 8bit 90 bf16 --optimizer adamw8bit
     speed xformers 90 bf16 --enable_xformers_memory_efficient_attention
 fi
 if grep -q -- '"--offload_ema"' "$SCRIPT"; then speed offload-ema 90 bf16 --offload_ema; fi

@@ -90,6 +90,18 @@ def make_material(folder, scale, shards, sides):
     return make_pipeline(folder, scale), make_shards(folder, *shards, sides)
 
 
+def encode_shards(folder, scale, resolution, shards, sides, mixed_precision):
+    """What tools/prepare_shards.py encodes of the shards, unless it is there; returns its brace pattern."""
+    plain = make_shards(folder, *shards, sides)
+    output = Path(folder, f"{Path(plain).parent.name}-encoded-{scale}-{mixed_precision}")
+    tool = Path(__file__).resolve().parents[1] / "tools" / "prepare_shards.py"
+    command = [sys.executable, tool, "--train_shards_path_or_url", plain, "--output_dir", output, "--center_crop",
+               "--encode", Path(folder, f"pipeline-{scale}"), "--resolution", resolution,
+               "--mixed_precision", mixed_precision]  # fmt: skip
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return str(output / Path(plain).name)
+
+
 def add_material_args(parser):
     parser.add_argument("--shards", type=int, nargs=2, default=(8, 24), metavar=("SHARDS", "IMAGES"))
     parser.add_argument("--sides", type=int, nargs=2, default=(512, 1024), help="range of the pictures' shorter side")

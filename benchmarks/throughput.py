@@ -31,7 +31,7 @@ from common import (
     wait,
     write_result,  # fmt: skip
 )
-from material import add_material_args, make_material
+from material import add_material_args, encode_shards, make_material
 from pipelines import SCALES
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -101,7 +101,8 @@ class Stages:
             batch = next_batch(reader)
             if self.counter:
                 self.images += 1
-                batch = {**batch, "pixel_values": batch["pixel_values"][:1], "captions": batch["captions"][:1]}
+                is_column = {name: torch.is_tensor(value) or name == "captions" for name, value in batch.items()}
+                batch = {name: value[:1] if is_column[name] else value for name, value in batch.items()}
             return batch
 
         reader.next_batch = functools.wraps(next_batch)(one_image)
@@ -181,7 +182,8 @@ class Probe:
         total = time.perf_counter() - self.profile_start if is_cuda else result["s_per_step"] * steps
         seconds = {name: stages.totals[name] / steps for name in (*NETWORKS, *OVERHEAD)}
         seconds["rest"] = total / steps - sum(seconds.values())
-        if missing := [name for name, value in seconds.items() if value == 0 and name != "logging"]:
+        unused = {"logging", *(("text", "VAE") if options.encoded else ())}
+        if missing := [name for name, value in seconds.items() if value == 0 and name not in unused]:
             raise SystemExit(f"error: {', '.join(missing)} took no time: the script no longer calls what "
                              "throughput.py hooks for it")  # fmt: skip
         stages.is_on = False
@@ -298,6 +300,7 @@ def parse_args(argv):
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="measured steps; a multiple of --logging_steps")
     parser.add_argument("--profile", type=int, default=10, help="CUDA: further steps that time the stages")
+    parser.add_argument("--encoded", action="store_true", help="shards that tools/prepare_shards.py encoded")
     parser.add_argument("--compare_baseline", action="store_true", help="the plain loop in turn with the script")
     parser.add_argument("--pairs", type=int, default=8, help="steps of each in --compare_baseline")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
@@ -309,6 +312,10 @@ def script_arguments(options, flags, folder):
     """Makes pipeline and shards, and names them to the script; `flags` come last and win."""
     material = options.material or str(Path(folder, "material"))
     pipeline, shards = make_material(material, options.scale, options.shards, options.sides)
+    if options.encoded:
+        resolution, precision = SCALES[options.scale][0], options.mixed_precision
+        shards = encode_shards(material, options.scale, resolution, options.shards, options.sides, precision)
+        flags = ["--center_crop", *flags]
     return ["--pretrained_teacher_model", pipeline, "--train_shards_path_or_url", shards, "--max_train_steps", 10**6,
             "--output_dir", Path(folder, "run"), "--resolution", SCALES[options.scale][0], "--report_to", "none",
             "--train_batch_size", options.batch_size, "--mixed_precision", options.mixed_precision,

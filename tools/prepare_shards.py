@@ -620,7 +620,9 @@ class Encoder:
             "interpolation_type": args.interpolation_type, "dtype": args.encode_dtype}  # fmt: skip
 
     def load(self, args, dtype):
-        """Loads what the pipeline has: one tokenizer and encoder, or two. A VAE with `force_upcast` is float32."""
+        """Loads what the pipeline has: one tokenizer and encoder, or SDXL's two, and a VAE, which is float32 if its
+        config says `force_upcast` (true by default, but meant for SDXL alone).
+        """
         source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
         parts = diffusers.DiffusionPipeline.load_config(args.encode, **source)
         names = [name for name in ("text_encoder", "text_encoder_2") if parts.get(name, [None])[0]]
@@ -636,7 +638,8 @@ class Encoder:
                                                      cache_dir=args.cache_dir)  # fmt: skip
         else:
             self.vae = AutoencoderKL.from_pretrained(args.encode, subfolder="vae", **source)
-        self.vae.to(torch.float32 if self.vae.config.get("force_upcast") else dtype)
+        is_fragile = len(names) > 1 and self.vae.config.get("force_upcast")
+        self.vae.to(torch.float32 if is_fragile else dtype)
         for model in (self.vae, *self.text_encoders):
             model.to(self.device).requires_grad_(False).eval()
         self.vae.to(memory_format=torch.channels_last)
