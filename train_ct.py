@@ -76,6 +76,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
@@ -1105,6 +1106,11 @@ def add_adapters(unet, args):
             state = convert_unet_state_dict_to_peft(state)
         adapter_to_float32(unet, "default")
         set_peft_model_state_dict(unet, state, "default")  # unrounded
+        if args.lora_alpha or args.lora_target_modules or args.lora_rank != unet.peft_config["default"].r:
+            logger.warning("--init_lora brings its rank, %d, its alpha and its layers; --lora_rank, --lora_alpha and "
+                           "--lora_target_modules are not used", unet.peft_config["default"].r)  # fmt: skip
+        if args.lora_dropout and not metadata:
+            logger.warning("--init_lora %s has no metadata: --lora_dropout is not used", args.init_lora)
     else:
         layers = [name for name, _ in unet.named_modules()]
         found = {name for name in args.lora_target_modules or ADAPTED
@@ -1171,6 +1177,8 @@ def load_models(args, scheduler, accelerator):
     for model in {student, target}:
         if args.enable_xformers_memory_efficient_attention:
             model.enable_xformers_memory_efficient_attention()
+        if args.compile and adapters and accelerator.device.type == "cpu":  # with frozen weights inductor's fused
+            model.set_attn_processor(AttnProcessor())  # attention gets wrong gradients there (torch 2.13)
         if args.compile:
             model.compile()
     if args.gradient_checkpointing:

@@ -74,6 +74,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
@@ -519,8 +520,8 @@ def decode_encoded(data, pick, is_flipped, args):
 def read_time_ids(info, is_flipped, args):
     """Micro-conditioning (6,) of a sample, as this script or tools/prepare_shards.py cropped it. Raises BadSample."""
     values = (info.get("time_ids_flipped") if is_flipped else None) or info.get("time_ids")
-    if not (isinstance(values, list) and len(values) == 6 and all(type(value) in (int, float) for value in values)):
-        raise BadSample("no time_ids", "the json of a cropped or encoded sample needs them, six numbers")
+    if not (isinstance(values, list) and len(values) == 6 and all(value in range(2**20) for value in values)):
+        raise BadSample("no time_ids", "the json of a cropped or encoded sample needs them, six whole numbers")
     height, width = values[4:]
     return torch.tensor([height, width, 0, 0, height, width] if args.use_fix_crop_and_size else values)
 
@@ -1046,6 +1047,11 @@ def add_adapters(unet, args):
             state = convert_unet_state_dict_to_peft(state)
         adapter_to_float32(unet, "default")
         set_peft_model_state_dict(unet, state, "default")  # unrounded
+        if args.lora_alpha or args.lora_target_modules or args.lora_rank != unet.peft_config["default"].r:
+            logger.warning("--init_lora brings its rank, %d, its alpha and its layers; --lora_rank, --lora_alpha and "
+                           "--lora_target_modules are not used", unet.peft_config["default"].r)  # fmt: skip
+        if args.lora_dropout and not metadata:
+            logger.warning("--init_lora %s has no metadata: --lora_dropout is not used", args.init_lora)
     else:
         layers = [name for name, _ in unet.named_modules()]
         found = {name for name in args.lora_target_modules or ADAPTED
@@ -1108,6 +1114,8 @@ def load_models(args, scheduler, accelerator):
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.compile and accelerator.device.type == "cpu":  # with frozen weights inductor's fused attention gets wrong
+        unet.set_attn_processor(AttnProcessor())  # gradients there (torch 2.13)
     if args.compile:
         unet.compile()
     parameters = {f"{name}_parameters": adapter_parameters(unet, adapter) for name, adapter in adapters.items()}
