@@ -239,6 +239,8 @@ def parse_args(argv=None):
     if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
         parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
     if args.use_8bit_adam:
+        if args.optimizer not in ("adamw", "adamw8bit"):
+            parser.error(f"--use_8bit_adam is --optimizer adamw8bit, not {args.optimizer}")
         args.optimizer = "adamw8bit"
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -454,9 +456,10 @@ def training_size(info, args):
     crop = info.get("crop")
     if not (isinstance(crop, list) and len(crop) == 4 and all(isinstance(side, int) and side > 0 for side in crop[2:])):
         return args.resolution, args.resolution
-    if not args.resolution**2 < 2 * crop[2] * crop[3] <= 2 * args.resolution**2:
-        raise BadSample("other resolution", f"cropped to {crop[2]}x{crop[3]}, --resolution is {args.resolution}")
-    return crop[2:]
+    width, height = crop[2:]
+    if not args.resolution**2 < 2 * width * height <= 2 * args.resolution**2 or not height <= 2 * width <= 4 * height:
+        raise BadSample("other resolution", f"cropped to {width}x{height}, --resolution is {args.resolution}")
+    return width, height
 
 
 def check_fingerprint(made, args):
@@ -472,9 +475,10 @@ def check_fingerprint(made, args):
             raise BadSample("other encoding", f"made with {name} {found}, --{flag} is {wanted}: give that or re-encode")
 
 
-def decode_encoded(data, pick, is_flipped, args):
+def decode_encoded(data, info, pick, is_flipped, args):
     """Reads what tools/prepare_shards.py encoded: the posterior of the latents, `mean` and `std` (channels, height/8,
-    width/8), and `text` (tokens, width), for SDXL also `pooled` (width,), of caption number `pick`. Raises BadSample.
+    width/8), and `text` (tokens, width), for SDXL also `pooled` (width,), of caption number `pick`. `info`: the
+    sample's JSON. Raises BadSample.
     """
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -482,9 +486,11 @@ def decode_encoded(data, pick, is_flipped, args):
         tensors, kind = load(data), "flipped" if is_flipped else "latents"
         found = {"mean": tensors[f"{kind}_mean"], "std": tensors[f"{kind}_std"], "text": tensors["text"][pick]}
         found |= {"pooled": tensors["pooled"][pick]} if "pooled" in tensors else {}
+        size, (_, height, width) = training_size(info, args), found["mean"].shape
+        factor = size[0] // width
         is_sane = found["mean"].shape == found["std"].shape and all(value.isfinite().all() for value in found.values())
-        if not is_sane or found["mean"][0].numel() > args.resolution**2:
-            raise ValueError("its tensors are too large, not finite or of different shapes")
+        if not is_sane or factor < 2 or (width * factor, height * factor) != size:
+            raise ValueError("its tensors are not finite or do not fit the picture's size")
     except BadSample:
         raise
     except Exception as error:  # a damaged file raises almost anything
@@ -519,7 +525,7 @@ def decode_sample(sample, args, rng):
     pick, is_flipped = int(pick * len(captions)), args.random_flip and flip < 0.5
     caption = captions[pick] if drop >= args.proportion_empty_prompts else ""
     if is_encoded:
-        encoded = decode_encoded(data, pick, is_flipped, args)
+        encoded = decode_encoded(data, info, pick, is_flipped, args)
         return {**encoded, "captions": caption, "is_empty": torch.tensor(not caption)}
     width, height = training_size(info, args)
     image, _ = load_image(data, min(width, height), INTERPOLATION[args.interpolation_type])
@@ -549,8 +555,8 @@ class ShardStream(torch.utils.data.IterableDataset):
     holds, as [item, [samples]]; samples are counted in the shard's shuffled order, which depends on (seed, p) alone, as
     does every random choice in decoding.
 
-    `state` is None, or `stream` of a checkpoint's state.json; `shapes` are the leading dimensions that encoded tensors
-    must have. A batch is a dict: what decode_sample gives, as tensors and lists; worker, cursor, skipped (counts by
+    `state` is None, or `stream` of a checkpoint's state.json; `shapes` are the dimensions that encoded tensors must
+    have. A batch is a dict: what decode_sample gives, as tensors and lists; worker, cursor, skipped (counts by
     reason), details (an example of each); or it has an `error`.
     """
 
@@ -622,10 +628,11 @@ class ShardStream(torch.utils.data.IterableDataset):
 
 
 def check_shapes(sample, shapes):
-    """Returns a decoded sample. Raises BadSample if an encoded tensor's first dimensions are not those wanted."""
-    for name in shapes.keys() & sample.keys():
-        if (found := tuple(sample[name].shape))[: len(shapes[name])] != tuple(shapes[name]):
-            raise BadSample("other encoding", f"{name} has the shape {found}, the model's begins with {shapes[name]}")
+    """Returns a decoded sample. Raises BadSample if an encoded tensor has not the dimensions it must have (0: any)."""
+    for name, wanted in shapes.items() if "mean" in sample else ():
+        found = tuple(sample[name].shape) if name in sample else ()
+        if len(found) != len(wanted) or any(b not in (0, a) for a, b in zip(found, wanted, strict=True)):
+            raise BadSample("other encoding", f"{name} has the shape {found}, the model needs {tuple(wanted)}")
     return sample
 
 
@@ -1057,9 +1064,12 @@ def find_empty(models, urls):
     computed = dict(zip(("text", "pooled"), found if isinstance(found, tuple) else (found,), strict=False))
     if not path.is_file():  # behind a URL
         return computed
-    stored = {name: value.to(computed["text"].device) for name, value in load_file(path).items()}
+    try:
+        stored = {name: load_file(path)[name].to(value.device) for name, value in computed.items()}
+    except Exception as error:
+        fail(f"{path} is damaged: {first_line(error)}; prepare_shards.py makes it again")
     for name, value in computed.items():
-        if stored[name].shape != value.shape or (stored[name] - value).norm() > 0.1 * value.norm():
+        if stored[name].shape != value.shape or not (stored[name] - value).norm() < 0.1 * value.norm():
             fail(f"{path} is not this teacher's {name} embedding: the shards were encoded for another model")
     return stored
 
@@ -1185,7 +1195,8 @@ def find_checkpoint(args):
     if wanted and not state:
         logger.warning("--resume_from_checkpoint latest: no checkpoint in %s yet, starting afresh", args.output_dir)
     ignored = {"output_dir", "resume_from_checkpoint", "train_shards_path_or_url", "dataloader_num_workers"}
-    changed = {k for k, v in public_args(args).items() if state and state["args"].get(k, v) != v} - ignored
+    known = {name: value for name, value in public_args(args).items() if value is not None}  # others follow from data
+    changed = {name for name, value in known.items() if state and state["args"].get(name, value) != value} - ignored
     if changed:
         logger.warning("Resuming with other values than before for: %s", ", ".join(f"--{k}" for k in sorted(changed)))
     return state
@@ -1666,7 +1677,8 @@ def start_run(args, accelerator):
     with lent(models.text_encoder, accelerator.device):
         uncond = unconditional(models, nets, args)
         empty = find_empty(models, urls) if args.encoded_shards else {}
-    shapes = {"mean": [models.vae.config.latent_channels], **{name: value.shape[1:] for name, value in empty.items()}}
+    shapes = {name: tuple(value.shape[1:]) for name, value in empty.items()}
+    shapes["mean"] = (models.vae.config.latent_channels, 0, 0)
     rank, world_size, state = accelerator.process_index, accelerator.num_processes, checkpoint and checkpoint["stream"]
     reader = BatchReader(ShardStream(urls, args, rank, world_size, state, shapes), accelerator.device)
     run = Run(args, accelerator, models, nets, optimizer, lr_scheduler, reader, uncond, empty)
@@ -1679,8 +1691,10 @@ def start_run(args, accelerator):
 def memory_savers(args):
     """What is still to be tried against an out-of-memory error, by the flags in use."""
     yield from ["a smaller --train_batch_size"] if args.train_batch_size > 1 else []
-    yield from (f"--{k}" for k in ("gradient_checkpointing", "offload_ema") if not getattr(args, k, True))
-    yield from ["--optimizer adamw8bit"] if args.optimizer == "adamw" else []
+    yield from ["--gradient_checkpointing"] if not args.gradient_checkpointing else []
+    has_target = args.ema_decay and not getattr(args, "lora_rank", 0)
+    yield from ["--offload_ema"] if has_target and not args.offload_ema else []
+    yield from ["--optimizer adamw8bit"] if args.optimizer in ("adamw", "prodigy") else []
     yield from ["shards that prepare_shards.py encoded (no VAE, no text encoder)"] if not args.encoded_shards else []
     yield from ["a smaller --resolution"]
 

@@ -472,7 +472,7 @@ def test_out_of_memory_ends_with_advice(case, train, tmp_path, on_call):
     on_call("train_step", 2, fail)
     with pytest.raises(SystemExit, match="^error: out of device memory: CUDA out of memory.*--train_batch_size") as end:
         train(tmp_path, "--gradient_checkpointing")
-    assert "--use_8bit_adam" in end.value.code and "--gradient_checkpointing" not in end.value.code
+    assert "--optimizer adamw8bit" in end.value.code and "--gradient_checkpointing" not in end.value.code
     assert ("--offload_ema" in end.value.code) == (not case.is_lora) and "\n" not in end.value.code
 
 
