@@ -92,9 +92,8 @@ class Stages:
         self.names = names
         undo = [self.hook(script, attribute, name) for attribute, name in
                 {"encode_images": "VAE", "encode_prompts": "text", "guided_prediction": "teacher",
-                 "log_metrics": "logging"}.items()]  # fmt: skip
+                 "log_metrics": "logging", "update_target": "EMA"}.items()]  # fmt: skip
         undo.append(self.hook(find(script, "Denoiser"), "__call__", lambda net, *_: names.get(id(net), "teacher")))
-        undo.append(self.hook(torch, "_foreach_lerp_", "EMA"))
         next_batch = find(reader, "next_batch")
 
         def one_image(reader):
@@ -183,6 +182,7 @@ class Probe:
         seconds = {name: stages.totals[name] / steps for name in (*NETWORKS, *OVERHEAD)}
         seconds["rest"] = total / steps - sum(seconds.values())
         unused = {"logging", *(("text", "VAE") if options.encoded else ())}
+        unused |= set() if "teacher" in run.nets else {"teacher", "EMA"}  # consistency training
         if missing := [name for name, value in seconds.items() if value == 0 and name not in unused]:
             raise SystemExit(f"error: {', '.join(missing)} took no time: the script no longer calls what "
                              "throughput.py hooks for it")  # fmt: skip
@@ -190,7 +190,7 @@ class Probe:
         result |= {"profiled_s_per_step": total / steps, "stages_s": seconds,
                    "shares": {name: value * steps / total for name, value in seconds.items()}}  # fmt: skip
         result["overhead_share"] = sum(result["shares"][name] for name in OVERHEAD)
-        nets = {"student": run.models.student, "text encoder": run.models.text_encoder, "VAE": run.models.vae}
+        nets = {"student": run.nets["student"].unet, "text encoder": run.models.text_encoder, "VAE": run.models.vae}
         result["parameters_m"] = {k: sum(p.numel() for p in net.parameters()) / 1e6 for k, net in nets.items()}
         precision = run.args.mixed_precision
         if is_cuda:
@@ -205,8 +205,7 @@ class Probe:
 
     def count_flops(self, train_step, run):
         """FLOPs of one image by stage, counted in a real step of the script: eager, nothing recomputed."""
-        for name in ("student", "target", "teacher"):
-            unet = getattr(run.models, name)
+        for unet in {net.unet for net in run.nets.values()}:
             if run.args.gradient_checkpointing:
                 unet.disable_gradient_checkpointing()
             if run.args.enable_xformers_memory_efficient_attention:
