@@ -729,13 +729,21 @@ class BatchReader:
         self.batches = None
 
     def close(self):
-        self.batches = None  # which ends the workers
+        """Ends the workers, also one that waits for a lock which a killed one held."""
+        if workers := getattr(self.batches, "_workers", None):
+            self.batches._shutdown_workers()
+            for worker in workers:
+                worker.kill()
+        self.batches = None
 
     def next_batch(self):
         start = time.perf_counter()
         if self.batches is None:
             self.batches = iter(self.loader)
-        batch = next(self.batches)
+        try:
+            batch = next(self.batches)
+        except (OSError, EOFError) as error:  # in the midst of handing over a batch
+            fail(f"a loader worker died: {first_line(error)}; go on with --resume_from_checkpoint latest")
         self.waited += time.perf_counter() - start
         if "error" in batch:
             fail(batch["error"])
@@ -1874,7 +1882,7 @@ def memory_savers(args):
     yield from ["a smaller --train_batch_size"] if args.train_batch_size > 1 else []
     yield from ["--gradient_checkpointing"] if not args.gradient_checkpointing else []
     has_target = args.ema_decay and not getattr(args, "lora_rank", 0)
-    yield from ["--offload_ema"] if has_target and not args.offload_ema else []
+    yield from ["--offload_ema"] if has_target and not getattr(args, "offload_ema", True) else []
     yield from ["--optimizer adamw8bit"] if args.optimizer in ("adamw", "prodigy") else []
     yield from ["shards that prepare_shards.py encoded (no VAE, no text encoder)"] if not args.encoded_shards else []
     yield from ["a smaller --resolution"]

@@ -289,6 +289,7 @@ def make_parser(description):
     parser.add_argument("--scale", choices=SCALES, default="small")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--mixed_precision", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--encoded", action="store_true", help="shards that tools/prepare_shards.py encoded")
     parser.add_argument("--json", help="where to write the numbers, and beside them the table as .md")
     add_material_args(parser)
     return parser
@@ -299,7 +300,6 @@ def parse_args(argv):
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="measured steps; a multiple of --logging_steps")
     parser.add_argument("--profile", type=int, default=10, help="CUDA: further steps that time the stages")
-    parser.add_argument("--encoded", action="store_true", help="shards that tools/prepare_shards.py encoded")
     parser.add_argument("--compare_baseline", action="store_true", help="the plain loop in turn with the script")
     parser.add_argument("--pairs", type=int, default=8, help="steps of each in --compare_baseline")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
