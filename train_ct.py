@@ -482,7 +482,7 @@ def load_image(data, resolution, resample):
         size, scale = image.size, resolution / min(image.size)
         too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
         if not too_large:
-            image.draft(None, [math.ceil(side * scale) for side in size])
+            image.draft(None, (resolution, resolution))
             ImageOps.exif_transpose(image, in_place=True)
             image = to_rgb(image)
     except Exception as error:  # decoders raise almost anything on damaged data
@@ -491,7 +491,7 @@ def load_image(data, resolution, resample):
         raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
     if (image.width < image.height) != (size[0] < size[1]):
         size = size[::-1]
-    resized = tuple(max(resolution, round(side * scale)) for side in size)
+    resized = tuple(round(side * resolution / min(image.size)) for side in image.size)
     return image if image.size == resized else image.resize(resized, resample), size
 
 
