@@ -28,6 +28,7 @@ mean over [w_min, w_max], and is used without guidance. Launch with
 follows its teacher. A run that was stopped goes on with `--resume_from_checkpoint=latest`, and ends in the very weights
 of a run that was not.
 """
+# Unmarked: copied from train_lcm_distill_sd_wds.py, where it stands there too
 
 import argparse
 import contextlib
@@ -53,6 +54,7 @@ import tempfile
 import textwrap
 import time
 import urllib.request
+import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,15 +67,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
-from diffusers import (
-    AutoencoderKL,
-    BitsAndBytesConfig,
-    DDPMScheduler,
-    LCMScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
+from diffusers import AutoencoderKL, BitsAndBytesConfig, DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
@@ -82,6 +78,7 @@ from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
@@ -89,7 +86,7 @@ from webdataset.gopen import Pipe, gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
-# ------------------------------------------------------------------ arguments · copied from train_lcm_distill_sd_wds.py
+# ------------------------------------------------------------------------------------------------------- arguments
 logger = logging.getLogger("train")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
@@ -98,6 +95,8 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
                    "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
+# Variant of train_lcm_distill_sd_wds.py: its own names
+OUTPUT_DIR, PROJECT = "lcm-lora-sdxl", "lcm-distill-lora-sdxl"
 
 
 def fail(message):
@@ -118,6 +117,7 @@ def number(kind, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text} does not lie in {low} … {high}")
         return value
 
+    parse.__name__ = kind.__name__  # which argparse names where the text is no number
     return parse
 
 
@@ -140,11 +140,12 @@ def add_model_args(parser):
     add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, help="U-Net in the compute precision (default)")
     add("--base_precision", default="none", choices=["none", "int8", "nf4"], help="quantise the U-Net by bitsandbytes")
     add("--lora_rank", type=number(int, 1), default=64, help="rank of the adapter")
-    add("--lora_alpha", type=float, help="its scale is alpha / rank (default: the rank)")
+    add("--lora_alpha", type=number(float, 1e-9), help="its scale is alpha / rank (default: the rank)")
     add("--lora_dropout", type=number(float, 0, 1), default=0.0, help="dropout of the adapter's input")
     add("--lora_target_modules", nargs="+", metavar="NAME", help="layers, by the end of their names (default: "
         "attention, feed-forward, convolutions, time projections)")  # fmt: skip
     add("--init_lora", help="go on from this LoRA: hub id, folder or file; its rank and layers count")
+    add("--export_fused", action="store_true", help="also a whole pipeline with the adapter merged, in fused/")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's sdpa")
     add("--compile", action="store_true", help="torch.compile the U-Net: minutes at the start, faster afterwards")
@@ -179,7 +180,7 @@ def add_method_args(parser):
     add("--w_min", type=number(float, 0), default=5.0, help="lowest guidance weight (w = guidance_scale - 1)")
     add("--w_max", type=number(float, 0), default=15.0, help="highest guidance weight; 0: no unconditional pass")
     add("--loss_type", default="l2", choices=["l2", "huber"], help="distance d")
-    add("--huber_c", type=float, default=0.001, help="c in sqrt(d² + c²) − c")
+    add("--huber_c", type=number(float, 1e-8), default=0.001, help="c in sqrt(d² + c²) − c")
     add("--ema_decay", type=number(float, 0, 1), default=0.95, help="decay of the target network θ⁻")
     add("--timestep_scaling_factor", type=float, default=10.0, help="s in c_skip and c_out")
 
@@ -192,30 +193,29 @@ def add_training_args(parser):
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-steps in an optimizer step")
     add("--num_train_epochs", type=number(int, 1), default=100, help="epochs, where --max_train_steps is not given")
     add("--max_train_steps", type=number(int, 1), help="optimizer steps in all")
-    add("--learning_rate", type=float, default=1e-4, help="peak learning rate")
+    add("--learning_rate", type=number(float, 0), default=1e-4, help="peak learning rate")
     add("--scale_lr", action="store_true", help="multiply it by batch size × accumulation × processes")
     add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="schedule of the learning rate")
     add("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of linear warm-up (not for 'constant')")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="8-bit ones need a quarter of the memory")
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
-    add("--adam_beta1", type=number(float, 0, 1), default=0.9, help="decay of the first moment")
-    add("--adam_beta2", type=number(float, 0, 1), default=0.999, help="decay of the second moment")
-    add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
-    add("--adam_epsilon", type=float, default=1e-8, help="epsilon of Adam")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add("--adam_beta1", type=number(float, 0, 0.99999), default=0.9, help="decay of the first moment")
+    add("--adam_beta2", type=number(float, 0, 0.99999), default=0.999, help="decay of the second moment")
+    add("--adam_weight_decay", type=number(float, 0), default=1e-2, help="decoupled weight decay")
+    add("--adam_epsilon", type=number(float, 0), default=1e-8, help="epsilon of Adam")
+    add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm (0: not)")
     add("--mixed_precision", choices=list(DTYPES), help="default: as `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
     add("--vae_encode_batch_size", type=number(int, 1), default=32, help="images the VAE encodes at once")
 
 
-# Variant of train_lcm_distill_sd_wds.py: other names; --export_fused
 def add_output_args(parser):
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="lcm-lora-sdxl", help="folder of the run")
+    add("--output_dir", default=OUTPUT_DIR, help="folder of the run")
     add("--logging_dir", default="logs", help="tracker files, below --output_dir")
     add("--logging_steps", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (a host sync)")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "all", "none"], help="trackers")
-    add("--tracker_project_name", default="lcm-distill-lora-sdxl", help="project in the trackers")
+    add("--tracker_project_name", default=PROJECT, help="project in the trackers")
     add("--checkpointing_steps", type=number(int, 0), default=500, help="steps between checkpoints (0: none)")
     add("--checkpoints_total_limit", type=number(int, 1), help="checkpoints to keep")
     add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
@@ -226,8 +226,7 @@ def add_output_args(parser):
     add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")
     add("--validation_resolutions", type=sizes, help="WIDTHxHEIGHT,… of the pictures (default: --resolution)")
     add("--num_validation_images", type=number(int, 1), default=2, help="seeds for each prompt, for the fidelity")
-    add("--export_fused", action="store_true", help="also a whole pipeline with the adapter merged, in fused/")
-    add("--push_to_hub", action="store_true", help="upload the exported LoRA")
+    add("--push_to_hub", action="store_true", help="upload what is exported")
     add("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
     add("--hub_token", help="token for the upload; never written to any file")
 
@@ -268,6 +267,8 @@ def parse_args(argv=None):
         args.optimizer = "adamw8bit"
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision not in DTYPES:
+        parser.error(f"--mixed_precision {args.mixed_precision}, as accelerate's configuration says, is not supported")
     if args.cast_teacher_unet is None:
         args.cast_teacher_unet = args.mixed_precision != "no"
     if args.validation_resolutions is None:
@@ -283,12 +284,11 @@ def check_environment(args):
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         fail(f"--output_dir {output} cannot be written: {error}")
-    is_set = {name for name, value in os.environ.items() if value.lower() in ("1", "true", "yes")}
     for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # where rank 0, which alone saves, would wait for the others
-        if f"ACCELERATE_USE_{kind}" in is_set:
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
             fail(f"{kind} is not supported; use distributed_type MULTI_GPU, and --optimizer adamw8bit to save memory")
     is_parallel = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if is_parallel and not torch.cuda.is_available() and "ACCELERATE_USE_CPU" not in is_set:
+    if is_parallel and not torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         fail("several processes without a GPU do not find each other unless ACCELERATE_USE_CPU=true is set")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
@@ -315,7 +315,7 @@ def redact(value):
     if not isinstance(value, str):
         return value
     value = re.sub(r"(?<=://)[^/@\s]+@|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
-    secret = r"\w*(?:token|secret|key|passw|passwd|auth|sig|credential|jwt)\w*"
+    secret = r"\w*(?:token|secret|key|passw|auth|sig|credential|jwt)\w*"
     value = re.sub(rf"(?i)({secret}\s*[:= ]\s*)(?:(?:bearer|basic)\s+)?[^\s&'\"]+", r"\1…", value)
     return re.sub(r"hf_\w{8,}", "…", value)
 
@@ -326,7 +326,7 @@ def public_args(args):
     return {k: v if k in prompts else redact(v) for k, v in vars(args).items() if k != "hub_token"}
 
 
-# ----------------------------------------------------------------------- data · copied from train_lcm_distill_sd_wds.py
+# ------------------------------------------------------------------------------------------------------------ data
 IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
 MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json", "safetensors"}  # nothing else of a shard is ever read
 MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
@@ -391,7 +391,7 @@ def read_shard(url, timeout, tries=3):
     done, faults = 0, []
     tries = tries if url.startswith("pipe:") or "://" in url else 1
     for attempt in range(tries):
-        faults.clear()
+        faults.clear()  # a second reading meets them again
         try:
             stream = gopen(url, "rb")
             with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
@@ -444,6 +444,7 @@ def load_image(data, resolution, resample):
         size, scale = image.size, resolution / min(image.size)
         too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
         if not too_large:
+            is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
             image.draft(None, (resolution, resolution))
             ImageOps.exif_transpose(image, in_place=True)
             image = to_rgb(image)
@@ -451,15 +452,19 @@ def load_image(data, resolution, resample):
         raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
     if too_large:
         raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
-    if (image.width < image.height) != (size[0] < size[1]):
-        size = size[::-1]
+    size = size[::-1] if is_turned else size
     resized = tuple(round(side * resolution / min(image.size)) for side in image.size)
     return image if image.size == resized else image.resize(resized, resample), size
 
 
+def decode_text(data):
+    """Text of bytes in UTF-8, or in UTF-16 where they begin as it does; what is neither becomes U+FFFD."""
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
+
+
 def read_captions(sample, info):
     """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
-    captions = [sample[name].decode("utf-8", errors="replace") for name in CAPTION_MEMBERS if name in sample]
+    captions = [decode_text(sample[name]) for name in CAPTION_MEMBERS if name in sample]
     values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
     if not captions and values:
         captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
@@ -511,10 +516,10 @@ def decode_encoded(data, info, pick, is_flipped, args):
         tensors, kind = load(data), "flipped" if is_flipped else "latents"
         found = {"mean": tensors[f"{kind}_mean"], "std": tensors[f"{kind}_std"], "text": tensors["text"][pick]}
         found |= {"pooled": tensors["pooled"][pick]} if "pooled" in tensors else {}
-        size, (_, height, width) = training_size(info, args), found["mean"].shape
-        factor = size[0] // width
+        size, (_, latent_height, latent_width) = training_size(info, args), found["mean"].shape
+        factor = size[0] // latent_width
         is_sane = found["mean"].shape == found["std"].shape and all(value.isfinite().all() for value in found.values())
-        if not is_sane or factor < 2 or (width * factor, height * factor) != size:
+        if not is_sane or factor < 2 or (latent_width * factor, latent_height * factor) != size:
             raise ValueError("its tensors are not finite or do not fit the picture's size")
     except BadSample:
         raise
@@ -622,11 +627,11 @@ class ShardStream(torch.utils.data.IterableDataset):
     def usable_samples(self, worker):
         """Yields (decoded sample, (item, number)) for ever. Raises BadSample when too few samples are usable."""
         recent, barren = deque(maxlen=1000), 0
-        item, start, held = self.state["cursors"][self.rank * self.num_workers + worker]
-        later = itertools.count(item + self.state["stride"], self.state["stride"])
-        todo = [*((i, 0, numbers) for i, numbers in held), (item, start, None)]
+        first, begin, held = self.state["cursors"][self.rank * self.num_workers + worker]
+        later = ((item, 0, None) for item in itertools.count(first + self.state["stride"], self.state["stride"]))
+        todo = [*((item, 0, numbers) for item, numbers in held), (first, begin, None)]
         self.skipped, self.details = Counter(), {}
-        for item, start, numbers in itertools.chain(todo, ((i, 0, None) for i in later)):
+        for item, start, numbers in itertools.chain(todo, later):
             position, offset, wanted = stream_item(self.state, item)
             barren += 1
             for index, sample in self.shard_samples(position, max(start, offset), numbers or wanted):
@@ -648,12 +653,13 @@ class ShardStream(torch.utils.data.IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker = ((info.id if info else 0) + self.state["turn"]) % self.num_workers
-        start, size, held = self.state["cursors"][self.rank * self.num_workers + worker], self.args.train_batch_size, {}
+        cursor, held = self.state["cursors"][self.rank * self.num_workers + worker], {}
         try:
             for sample, place in self.usable_samples(worker):
                 group = held.setdefault(tuple(value.shape for value in sample.values() if torch.is_tensor(value)), [])
                 group.append((place, sample))
-                if len(group) >= size and place >= tuple(start[:2]):  # what was held is there again
+                size = self.args.train_batch_size
+                if len(group) >= size and place >= tuple(cursor[:2]):  # what was held is there again
                     batch, group[:] = [sample for _, sample in group[:size]], group[size:]
                     places = sorted(place for others in held.values() for place, _ in others)
                     places = itertools.groupby(places, key=lambda place: place[0])
@@ -693,20 +699,20 @@ def resume_stream(state, stride):
     """
     if state and state["stride"] == stride:
         return state
-    leftover, end = [], 0
-    if state:
-        logger.warning("The number of loader workers changed: no sample is repeated or lost, but their order changes.")
-        cursors = state["cursors"]
-        end = max([len(state["leftover"]), *(item + 1 for item, *_ in cursors)])
-        leftover = [[stream_item(state, item)[0], 0, numbers] for *_, held in cursors for item, numbers in held]
-        for index in range(min(item for item, *_ in cursors), end):
-            item, sample, _ = cursors[index % len(cursors)]
-            position, offset, wanted = stream_item(state, index)
-            if index >= item:
-                leftover.append([position, max(offset, sample) if index == item else offset, wanted])
-    start = stream_item(state, end)[0] if state else 0
     cursors = [[worker, 0, []] for worker in range(stride)]
-    return {"leftover": leftover, "next": start, "stride": stride, "cursors": cursors, "turn": 0}
+    fresh = {"leftover": [], "next": 0, "stride": stride, "cursors": cursors, "turn": 0}
+    if not state:
+        return fresh
+    logger.warning("The number of loader workers changed: no sample is repeated or lost, but their order changes.")
+    old = state["cursors"]
+    end = max([len(state["leftover"]), *(item + 1 for item, *_ in old)])  # the first item that no worker has begun
+    leftover = [[stream_item(state, item)[0], 0, numbers] for *_, held in old for item, numbers in held]
+    for index in range(min(item for item, *_ in old), end):
+        item, sample, _ = old[index % len(old)]
+        position, offset, wanted = stream_item(state, index)
+        if index >= item:
+            leftover.append([position, max(offset, sample) if index == item else offset, wanted])
+    return {**fresh, "leftover": leftover, "next": stream_item(state, end)[0]}
 
 
 def outlive_signals(_worker):
@@ -723,14 +729,14 @@ class BatchReader:
         self.skipped, self.named = Counter(), set()  # by reason; reasons that the log has told
         first, workers = stream.rank * stream.num_workers, stream.args.dataloader_num_workers
         self.cursors = [list(cursor) for cursor in stream.state["cursors"][first : first + stream.num_workers]]
-        options = {"pin_memory": device.type == "cuda", "prefetch_factor": 4 if workers else None}
-        self.loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers,
-                                                  worker_init_fn=outlive_signals, **options)  # fmt: skip
+        self.loader = torch.utils.data.DataLoader(
+            stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
+            pin_memory=device.type == "cuda", worker_init_fn=outlive_signals)  # fmt: skip
         self.batches = None
 
     def close(self):
         """Ends the workers, also one that waits for a lock which a killed one held."""
-        if workers := getattr(self.batches, "_workers", None):
+        if workers := getattr(self.batches, "_workers", None):  # PyTorch 2.13 has no public way
             self.batches._shutdown_workers()
             for worker in workers:
                 worker.kill()
@@ -809,16 +815,20 @@ def check_shards(urls, args, most=100):
 
 def count_samples(urls, args):
     """Counts the samples in local shards from their tar headers, for runs without --max_train_samples."""
-    if any("://" in url or url.startswith("pipe:") for url in urls):
+    paths = [re.sub("^file:(//)?", "", url) for url in urls]
+    if any("://" in path or path.startswith("pipe:") for path in paths):
         fail("give --max_train_steps, or --max_train_samples: samples behind URLs and pipes are not counted")
     total, wanted = 0, ("safetensors",) if args.encoded_shards else IMAGE_MEMBERS
-    for url in urls:
-        with tarfile.open(url) as shard:
-            total += sum(name.rsplit(".", 1)[-1].lower() in wanted for name in shard.getnames())
+    for path in paths:
+        try:
+            with tarfile.open(path) as shard:
+                total += sum(name.rsplit(".", 1)[-1].lower() in wanted for name in shard.getnames())
+        except (OSError, EOFError, tarfile.TarError) as error:
+            logger.warning("The samples of %s are not counted: %s", path, first_line(error))
     return total
 
 
-# ------------------------------------------------------------ diffusion maths · copied from train_lcm_distill_sd_wds.py
+# -------------------------------------------------------------------------------------------------- diffusion maths
 class Schedule:
     """The teacher's noise schedule, always float32, and the DDIM grid τ_i = (i + 1)·(T // N) − 1, prev(τ_0) = 0.
 
@@ -858,16 +868,18 @@ def distance(a, b, loss_type, huber_c):
     return square.mean() if loss_type == "l2" else ((square + huber_c**2).sqrt() - huber_c).mean()
 
 
-# --------------------------------------------------------------------- method · copied from train_lcm_distill_sd_wds.py
+# ---------------------------------------------------------------------------------------------------------- method
 # Variant of train_lcm_distill_sd_wds.py: the method
 METHOD, TAG, CALL = ("latent consistency LoRA (arXiv:2311.05556)", "lora, latent-consistency-model",
-                     "num_inference_steps=4, guidance_scale=1")  # fmt: skip
+                     "num_inference_steps=4, guidance_scale={:g}")  # fmt: skip
 # Variant of train_tcd_distill_lora_sd_wds.py: SDXL
-PIPELINE, SCHEDULER = StableDiffusionXLPipeline, LCMScheduler
+PIPELINE, SCHEDULER = diffusers.StableDiffusionXLPipeline, LCMScheduler
 
 
 def make_scheduler(config, args):
-    """The stock scheduler that is exported, on the trained grid."""
+    """The stock scheduler that is exported: the teacher's noise schedule, the trained grid, latents not clipped."""
+    config = {k: v for k, v in config.items() if k != "_use_default_values"}  # which from_config would drop
+    config |= {"clip_sample": False, "thresholding": False}
     return LCMScheduler.from_config(config, original_inference_steps=args.num_ddim_timesteps,
                                     timestep_scaling=args.timestep_scaling_factor)  # fmt: skip
 
@@ -971,7 +983,24 @@ def distillation_loss(student, target, teacher, schedule, x_0, c, uncond, draws,
     return distance(f(student, x_t=x_t, t=t), f_target, args.loss_type, args.huber_c)  # line 7
 
 
-# --------------------------------------------------------------------- models · copied from train_lcm_distill_sd_wds.py
+# ---------------------------------------------------------------------------------------------------------- models
+def check_schedule(args, scheduler, kind):
+    """Refuses a teacher's noise schedule, of a scheduler of class `kind`, that no grid of DDPM times can follow."""
+    path, config = args.pretrained_teacher_model, scheduler.config
+    is_known = config.trained_betas or config.beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
+    if not is_known or kind.startswith(("EDM", "FlowMatch")):
+        fail(f"{path}: {kind} with beta_schedule {config.beta_schedule!r} is not supported, only DDPM's discrete times")
+    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        fail(f"{path}: prediction type {config.prediction_type!r} is not epsilon, v_prediction or sample")
+    if config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+        fail(f"{path}: at the last time, pure noise (rescale_betas_zero_snr), a prediction of epsilon says nothing")
+    steps = config.num_train_timesteps
+    if args.num_ddim_timesteps > steps:
+        fail(f"--num_ddim_timesteps {args.num_ddim_timesteps} must lie in 1 … {steps}")
+    if rest := steps % args.num_ddim_timesteps:
+        logger.warning("--num_ddim_timesteps does not divide %d: the grid ends at t = %d", steps, steps - rest - 1)
+
+
 # Variant of train_lcm_distill_sd_wds.py: SDXL
 def check_teacher(args):
     """Reads the teacher's configuration, refuses what is no text-to-image U-Net of SDXL; gives its scheduler."""
@@ -981,7 +1010,7 @@ def check_teacher(args):
         parts = diffusers.DiffusionPipeline.load_config(path, **source)
         scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **source)
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", **source) if "unet" in parts else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         fail(f"--pretrained_teacher_model {path} cannot be read as a diffusers pipeline: {first_line(error)}")
     kind = parts.get("_class_name", "")
     if unet is None:
@@ -994,31 +1023,31 @@ def check_teacher(args):
         fail(f"{path} is a {kind}, not the text-to-image StableDiffusionXLPipeline")
     if unet["in_channels"] != unet["out_channels"]:
         fail(f"{path} takes {unet['in_channels']} channels (in-painting, depth?), text-to-image {unet['out_channels']}")
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        fail(f"{path}: prediction type {scheduler.config.prediction_type!r} is not epsilon, v_prediction or sample")
-    steps = scheduler.config.num_train_timesteps
-    if args.num_ddim_timesteps > steps:
-        fail(f"--num_ddim_timesteps {args.num_ddim_timesteps} must lie in 1 … {steps}")
-    if rest := steps % args.num_ddim_timesteps:
-        logger.warning("--num_ddim_timesteps does not divide %d: the grid ends at t = %d", steps, steps - rest - 1)
+    check_schedule(args, scheduler, str(parts.get("scheduler", [None, None])[1]))
     return scheduler
+
+
+def check_tokenizer(tokenizer, text_encoder):
+    """Raises ValueError for a tokenizer without a vocabulary, which transformers makes of a folder without the file."""
+    if len(tokenizer) < (size := text_encoder.config.vocab_size) // 2:
+        raise ValueError(f"a tokenizer has {len(tokenizer)} tokens, its text encoder {size}: are files missing?")
 
 
 # Variant of train_lcm_distill_sd_wds.py: two text encoders
 def load_frozen(args, dtype):
     """Loads tokenizers, text encoders and VAE, frozen. The VAE is float32 where its config says `force_upcast`."""
     path, source = args.pretrained_teacher_model, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
-    tokenizers = [
-        AutoTokenizer.from_pretrained(path, subfolder=name, **source) for name in ("tokenizer", "tokenizer_2")
-    ]
+    names = ("tokenizer", "tokenizer_2")
+    tokenizers = [AutoTokenizer.from_pretrained(path, subfolder=name, **source) for name in names]
     classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     text_encoders = torch.nn.ModuleList(kind.from_pretrained(path, subfolder=name, dtype=dtype, **source)
                                         for name, kind in classes.items())  # fmt: skip
+    for tokenizer, text_encoder in zip(tokenizers, text_encoders, strict=True):
+        check_tokenizer(tokenizer, text_encoder)
+    source["subfolder"] = "vae"
     if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, revision=args.revision,
-                                            cache_dir=args.cache_dir)  # fmt: skip
-    else:
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **source)
+        path, source = args.pretrained_vae_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    vae = AutoencoderKL.from_pretrained(path, **source)
     vae.to(torch.float32 if vae.config.get("force_upcast") else dtype)
     return tokenizers, text_encoders.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
 
@@ -1050,9 +1079,8 @@ def add_adapters(unet, args):
     """
     if args.init_lora:
         try:
-            state, alphas, metadata = PIPELINE.lora_state_dict(
-                args.init_lora, cache_dir=args.cache_dir, unet_config=unet.config, return_lora_metadata=True
-            )
+            options = {"cache_dir": args.cache_dir, "unet_config": unet.config, "return_lora_metadata": True}
+            state, alphas, metadata = PIPELINE.lora_state_dict(args.init_lora, **options)
             metadata = metadata and {**metadata, "lora_dropout": args.lora_dropout}
             unet.load_lora_adapter(state, "unet", network_alphas=alphas, adapter_name="default", metadata=metadata)
         except Exception as error:
@@ -1081,7 +1109,9 @@ def add_adapters(unet, args):
         adapter_to_float32(unet, "default")
     names = {"student": "default", "target": "target" if args.ema_decay else "default"}
     if args.ema_decay:
-        unet.add_adapter(copy.deepcopy(unet.peft_config["default"]), "target")
+        with warnings.catch_warnings():  # of peft: that there are several adapters now
+            warnings.simplefilter("ignore", UserWarning)
+            unet.add_adapter(copy.deepcopy(unet.peft_config["default"]), "target")
         adapter_to_float32(unet, "target")
         set_peft_model_state_dict(unet, get_peft_model_state_dict(unet, adapter_name="default"), "target")
     unet.set_adapter("default")  # the one that is trained
@@ -1102,6 +1132,19 @@ def adapter_parameters(unet, name):
     return [value for key, value in unet.named_parameters() if re.search(rf"\.lora_[AB]\.{name}\.", key)]
 
 
+def check_latents(args, vae, unet):
+    """Refuses a VAE that is not the U-Net's, and picture sizes that it does not divide."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    sides = {"resolution": [args.resolution], "validation_resolutions": sum(args.validation_resolutions, [])}
+    for flag, given in sides.items():
+        if any(side % factor for side in given):
+            fail(f"--{flag}: {given} must be multiples of the VAE's factor, {factor}")
+    if vae.config.latent_channels != unet.config.in_channels:
+        fail(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net takes {unet.config.in_channels}")
+    if vae.config.get("latents_mean"):
+        fail("a VAE with latents_mean and latents_std is not supported")
+
+
 # Copied from train_tcd_distill_lora_sd_wds.py
 def load_models(args, scheduler, accelerator):
     """Loads all networks of a run to the device, channels-last, with the attention and compilation asked for.
@@ -1112,14 +1155,9 @@ def load_models(args, scheduler, accelerator):
     try:
         tokenizer, text_encoder, vae = load_frozen(args, dtype)
         unet = load_unet(args, dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         fail(f"the teacher or the VAE cannot be loaded: {first_line(error)}")
-    sides = {"resolution": [args.resolution], "validation_resolutions": sum(args.validation_resolutions, [])}
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    for flag in (flag for flag in sides if any(side % factor for side in sides[flag])):
-        fail(f"--{flag}: {sides[flag]} must be multiples of the VAE's factor, {factor}")
-    if vae.config.latent_channels != unet.config.in_channels:
-        fail(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net takes {unet.config.in_channels}")
+    check_latents(args, vae, unet)
     adapters = add_adapters(unet, args)
     home = "cpu" if args.encoded_shards else accelerator.device
     text_encoder.to(home)
@@ -1221,20 +1259,26 @@ def size_ids(width, height, count, device):
 def find_empty(models, urls):
     """Embedding of the empty prompt by name, (1, …), as the encoded shards came with or as the text encoder gives it.
 
-    Ends the run if the stored one is of another text encoder.
+    Ends the run if the stored one, or the latents of the grey ramp stored beside it, are those of other models.
     """
     path, found = Path(re.sub("^file:(//)?", "", urls[0])).with_name("empty.safetensors"), encode_prompts(models, [""])
     computed = dict(zip(("text", "pooled"), found if isinstance(found, tuple) else (found,), strict=False))
     if not path.is_file():  # behind a URL
         return computed
+    device, names = computed["text"].device, tuple(computed)
+    with lent(models.vae, device):
+        ramp = torch.arange(0, 256, 4, dtype=torch.uint8, device=device).expand(1, 3, 64, 64)
+        computed["latents"] = encode_images(models.vae, ramp, 1)[0]
     try:
-        stored = {name: load_file(path)[name].to(value.device) for name, value in computed.items()}
+        stored = {name: value.to(device) for name, value in load_file(path).items()}
     except Exception as error:
-        fail(f"{path} is damaged: {first_line(error)}; prepare_shards.py makes it again")
+        fail(f"{path} is damaged: {first_line(error)}; delete it, and the text encoder makes it anew")
     for name, value in computed.items():
-        if stored[name].shape != value.shape or not (stored[name] - value).norm() < 0.1 * value.norm():
-            fail(f"{path} is not this teacher's {name} embedding: the shards were encoded for another model")
-    return stored
+        known = stored.get(name, value.new_zeros(0))
+        if known.shape != value.shape or not (known - value).norm() < 0.1 * value.norm():
+            what = "VAE's" if name == "latents" else f"teacher's {name}"
+            fail(f"{path} does not hold this {what} encoding: the shards were made with another model")
+    return {name: stored[name] for name in names}
 
 
 # Variant of train_lcm_distill_sd_wds.py: micro-conditioning
@@ -1254,7 +1298,7 @@ def encode_batch(run, batch, generator):
     return (mean + std * noise) * models.vae.config.scaling_factor, [tokens, pooled, given["time_ids"]]
 
 
-# ----------------------------------------------------- checkpoints and export · copied from train_lcm_distill_sd_wds.py
+# ----------------------------------------------------------------------------------------- checkpoints and export
 COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
 
 
@@ -1266,7 +1310,7 @@ class Run:
     accelerator: Accelerator
     models: SimpleNamespace  # of load_models
     nets: dict  # Denoisers: student, target, teacher
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     lr_scheduler: object
     reader: BatchReader
     uncond: torch.Tensor | None
@@ -1276,7 +1320,7 @@ class Run:
     nonfinite_in_a_row: int = 0
     stop_signal: int = 0
     history: list = dataclasses.field(default_factory=list)  # (loss, grad_norm) of the steps since the last log
-    references: dict = dataclasses.field(default_factory=dict)  # validation pictures that training does not change
+    references: dict = dataclasses.field(default_factory=dict)  # by size: Sampler and pictures of validate_size
 
 
 def list_checkpoints(output):
@@ -1344,10 +1388,11 @@ def find_checkpoint(args):
 
     `latest` passes over damaged checkpoints, with a warning; one that is named has to be whole.
     """
-    wanted, state, found = args.resume_from_checkpoint, None, []
-    if wanted:
-        named = Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir, wanted)
-        found = list_checkpoints(args.output_dir)[::-1] if wanted == "latest" else [named]
+    wanted = args.resume_from_checkpoint
+    if not wanted:
+        return None
+    named = Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir, wanted)
+    found = list_checkpoints(args.output_dir)[::-1] if wanted == "latest" else [named]
     for path in found:
         try:
             state = read_checkpoint(path)
@@ -1357,25 +1402,37 @@ def find_checkpoint(args):
             if path == found[-1]:
                 fail(f"--resume_from_checkpoint {wanted}: {problem}")
             logger.warning("%s; going back to the one before", problem)
-    if wanted and not state:
+    else:
         logger.warning("--resume_from_checkpoint latest: no checkpoint in %s yet, starting afresh", args.output_dir)
+        return None
     ignored = {"output_dir", "resume_from_checkpoint", "train_shards_path_or_url", "dataloader_num_workers"}
     known = {name: value for name, value in public_args(args).items() if value is not None}  # others follow from data
-    changed = {name for name, value in known.items() if state and state["args"].get(name, value) != value} - ignored
-    if changed:
+    if (made := state["args"].get("optimizer", args.optimizer)) != args.optimizer:
+        fail(f"checkpoint {state['path']} was made with --optimizer {made}: go on with that")
+    if changed := {name for name, value in known.items() if state["args"].get(name, value) != value} - ignored:
         logger.warning("Resuming with other values than before for: %s", ", ".join(f"--{k}" for k in sorted(changed)))
     return state
+
+
+def restore_optimizer(run, state):
+    """Restores the states of the optimizer and of the schedule; rate, betas and decay stay as the flags are now."""
+    optimizer, schedule = run.optimizer.optimizer, run.lr_scheduler
+    names = ("initial_lr", "betas", "eps", "weight_decay")
+    asked = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict({k: v for k, v in state["lr_scheduler"].items() if k not in ("base_lrs", "_last_lr")})
+    for group, settings, rate in zip(optimizer.param_groups, asked, schedule.lr_lambdas, strict=True):
+        group.update(settings, lr=settings["initial_lr"] * rate(schedule.last_epoch))
 
 
 def load_checkpoint(run, state):
     """Restores everything `save_checkpoint` wrote; a checkpoint that does not fit the model is named."""
     try:
-        for name in ("student", "target"):
+        for name in ("target", "student"):  # the student last: with --ema_decay 0 both may be one network
             load_network(run.models, name, state[name])
-        run.optimizer.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(run, state)
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"checkpoint {state['path']} is of another model: {first_line(error)}")
-    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step, run.nonfinite_steps, run.nonfinite_in_a_row = (state[name] for name in COUNTERS)
@@ -1389,10 +1446,14 @@ def load_checkpoint(run, state):
 
 def trim_metrics(run):
     """Forgets the lines of metrics.jsonl that a run which did not come to its next checkpoint wrote after this step."""
+
+    def is_kept(line):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut off
+            return run.step > 0 and json.loads(line)["step"] <= run.step
+
     path = Path(run.args.output_dir, "metrics.jsonl")
     if run.accelerator.is_main_process and path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line + "\n" for line in lines if run.step and json.loads(line)["step"] <= run.step]
+        kept = [line + "\n" for line in path.read_text(encoding="utf-8").splitlines() if is_kept(line)]
         path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
         path.with_suffix(".tmp").rename(path)
 
@@ -1428,47 +1489,61 @@ def export(run):
     return [*files.values(), "scheduler/*", "fused/*"]
 
 
+def open_repository(args):
+    """Makes the repository of --push_to_hub if it is not there, and puts its whole name into `hub_model_id`."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        args.hub_model_id = create_repo(name, token=args.hub_token, exist_ok=True).repo_id
+    except Exception as error:  # no access, no network, no such name
+        fail(f"--push_to_hub {name}: {first_line(error)}")
+
+
 def publish(run, patterns):
     """Adds the last sample grid and the model card to what was exported, and uploads that and nothing else."""
     args, output = run.args, Path(run.args.output_dir)
     grids = [path for path in output.glob("validation/step-*.png") if path.stem[5:].isdigit()]
     if grids := sorted(grids, key=lambda path: int(path.stem[5:])):
         shutil.copyfile(grids[-1], output / "samples.png")
-    (output / "README.md").write_text(model_card(args, bool(grids)), encoding="utf-8")
+    (output / "README.md").write_text(model_card(run, bool(grids)), encoding="utf-8")
     if args.push_to_hub:
-        repo_id = create_repo(args.hub_model_id or output.resolve().name, token=args.hub_token, exist_ok=True).repo_id
-        upload_folder(repo_id=repo_id, folder_path=output, token=args.hub_token, commit_message=f"Step {run.step}",
-                      allow_patterns=["README.md", "samples.png", *patterns])  # fmt: skip
+        try:
+            upload_folder(repo_id=args.hub_model_id, folder_path=output, token=args.hub_token,
+                          commit_message=f"Step {run.step}",
+                          allow_patterns=["README.md", "samples.png", *patterns])  # fmt: skip
+        except Exception as error:  # the hub, its HTTP client and the network raise many kinds
+            fail(f"--push_to_hub: {first_line(error)}; the model is whole in {output}")
 
 
 # Copied from train_tcd_distill_lora_sd_wds.py
-def usage(args):
+def usage(run):
     """The part of the model card that says how to use the LoRA."""
+    args, embeds_w = run.args, run.nets["student"].guidance_dim  # the base does, where it is guidance-distilled itself
+    scale, use = (args.validation_guidance_scale, "with one of them") if embeds_w else (1, "without guidance")
     return f"""```python
 from diffusers import DiffusionPipeline, {SCHEDULER.__name__}
 
-repository = "{args.hub_model_id or args.output_dir}"
-pipe = DiffusionPipeline.from_pretrained("{args.pretrained_teacher_model}")
+repository = {json.dumps(args.hub_model_id or args.output_dir)}
+pipe = DiffusionPipeline.from_pretrained({json.dumps(args.pretrained_teacher_model)})
 pipe.load_lora_weights(repository, weight_name="pytorch_lora_weights.safetensors")
 pipe.scheduler = {SCHEDULER.__name__}.from_pretrained(repository, subfolder="scheduler")
-prompt = "{load_prompts(args)[0][0]}"
-image = pipe(prompt, {CALL}).images[0]
+prompt = {json.dumps(load_prompts(args)[0][0], ensure_ascii=False)}
+image = pipe(prompt, {CALL.format(scale)}).images[0]
 ```
 
-It was trained on guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}, so it is used without guidance.
+It was trained on guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}, and is used {use}.
 `pytorch_lora_weights.safetensors` is the EMA adapter, `pytorch_lora_weights_online.safetensors` the one that the
 optimizer moved, `*_kohya.safetensors` the EMA one for ComfyUI and A1111."""
 
 
-def model_card(args, has_samples):
+def model_card(run, has_samples):
     """The README.md of the exported model: usage, samples, arguments, base model and its licence."""
-    base, licence = args.pretrained_teacher_model, "unknown"
+    args, base, licence = run.args, run.args.pretrained_teacher_model, "unknown"
     with contextlib.suppress(Exception):  # no card, or no network: the licence is then for the reader to look up
         card = Path(base, "README.md") if os.path.isdir(base) else base
         licence = ModelCard.load(card, ignore_metadata_errors=True).data.license or licence
     return f"""---
 license: {licence}
-base_model: {base}
+base_model: {json.dumps(base)}
 library_name: diffusers
 tags: [text-to-image, stable-diffusion, {TAG}]
 ---
@@ -1477,7 +1552,7 @@ tags: [text-to-image, stable-diffusion, {TAG}]
 
 A {METHOD} made from `{base}` (licence: {licence}), for few steps:
 
-{usage(args)}
+{usage(run)}
 {"![Teacher and student side by side](samples.png)" if has_samples else ""}
 
 Arguments:
@@ -1488,7 +1563,7 @@ Arguments:
 """
 
 
-# ----------------------------------------------------- validation and logging · copied from train_lcm_distill_sd_wds.py
+# ---------------------------------------------------------------------------------------- validation and logging
 def load_prompts(args):
     """Returns the validation prompts, and for each file of prompts its name → the indices of its lines."""
     prompts, groups = [], {}
@@ -1497,9 +1572,12 @@ def load_prompts(args):
         if entry.endswith(".txt"):
             try:
                 lines = [line.strip() for line in Path(entry).read_text(encoding="utf-8").splitlines() if line.strip()]
-            except OSError as error:
-                fail(f"--validation_prompts: {entry} cannot be read: {error.strerror}")
-            groups[Path(entry).stem] = range(len(prompts), len(prompts) + len(lines))
+            except (OSError, ValueError) as error:
+                fail(f"--validation_prompts: {entry} cannot be read: {getattr(error, 'strerror', None) or error}")
+            if not lines:
+                fail(f"--validation_prompts: {entry} holds no prompt")
+            name = Path(entry).stem if Path(entry).stem not in groups else entry
+            groups[name] = range(len(prompts), len(prompts) + len(lines))
         prompts += lines
     return prompts, groups
 
@@ -1527,6 +1605,10 @@ def sample_stock(net, scheduler, noise, steps, c, w, args):
     return x
 
 
+class Stopped(Exception):
+    """A signal ended a validation."""
+
+
 # Variant of train_lcm_distill_sd_wds.py: SDXL's conditioning
 class Sampler:
     """Draws the validation pictures of every network from the same noise and prompts, `chunk` at a time.
@@ -1549,21 +1631,24 @@ class Sampler:
     def images(self, name, steps, stock=False):
         """Pictures of `teacher` (guided), `untrained` (the teacher as consistency function), `student` or `target`."""
         args, models, net = self.run.args, self.run.models, self.run.nets["teacher" if name == "untrained" else name]
-        schedule, scheduler, weight = models.schedule, models.scheduler, args.validation_guidance_scale - 1
-        scheduler.set_timesteps(min(steps, args.num_ddim_timesteps), device=self.noise.device)
-        timesteps, parts = scheduler.timesteps.tolist(), []
-        if name == "teacher":
+        schedule, scheduler, weight, parts = models.schedule, models.scheduler, args.validation_guidance_scale - 1, []
+        if name == "teacher":  # whose steps need not lie on the trained grid
             timesteps = [round(schedule.num_train_timesteps * (1 - j / steps)) - 1 for j in range(steps)]
+        else:
+            scheduler.set_timesteps(steps, device=self.noise.device)
+            timesteps = scheduler.timesteps.tolist()
         for noise, *c in zip(*(value.split(self.chunk) for value in (self.noise, *self.c)), strict=True):
+            if self.run.stop_signal:
+                raise Stopped
             given = {"c": c, "w": torch.full((len(noise),), weight, device=noise.device)}
-            f = functools.partial(predict_x0, net, schedule, args=args, **given)
-            uncond = self.uncond if weight and not net.guidance_dim else None
             if stock:
                 x_0 = sample_stock(net, scheduler, noise, steps, args=args, **given)
             elif name == "teacher":
+                uncond = self.uncond if weight and not net.guidance_dim else None
                 guided = functools.partial(guided_prediction, net, schedule, uncond=uncond, **given)
                 x_0 = sample_chain(guided, schedule, noise, timesteps)
             else:
+                f = functools.partial(predict_x0, net, schedule, args=args, **given)
                 x_0 = sample_chain(lambda x_t, t: [f(x_t, t)], schedule, noise, timesteps)  # noqa: B023
             parts.append(decode_latents(models.vae, x_0).cpu())
         return torch.cat(parts)
@@ -1572,8 +1657,9 @@ class Sampler:
 def validate(run):
     """Logs pictures of the EMA student beside the teacher's, and the PSNR of each network to the teacher's 50 steps."""
     if run.accelerator.is_main_process:
-        for index, size in enumerate(run.args.validation_resolutions):
-            validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
+        with contextlib.suppress(Stopped):
+            for index, size in enumerate(run.args.validation_resolutions):
+                validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
     run.accelerator.wait_for_everyone()
 
 
@@ -1614,7 +1700,7 @@ def fidelity(images, steps, groups, seeds):
     for group, prompts in groups.items():
         chosen = [prompt * seeds + seed for prompt in prompts for seed in range(seeds)]
         reference = images["teacher", 50][chosen]
-        for name, k in ((name, k) for name in ("teacher", "untrained", "student", "target") for k in steps):
+        for name, k in itertools.product(("teacher", "untrained", "student", "target"), steps):
             pictures, suffix = images[name, k][chosen], f"k{k}/{group}".rstrip("/")
             psnr = -10 * (pictures - reference).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
             metrics[f"fidelity/{name}_psnr_{suffix}"] = round(psnr.mean().item(), 3)
@@ -1657,18 +1743,18 @@ def draw_grid(columns, prompts):
 
 def write_metrics(run, metrics):
     """Appends a line to metrics.jsonl and sends it to the trackers. Called on the main process."""
-    with open(Path(run.args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": run.step, **metrics}) + "\n")
+    try:
+        with open(Path(run.args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": run.step, **metrics}) + "\n")
+    except OSError as error:  # a full disk: a line less, but the run goes on
+        logger.warning("metrics.jsonl cannot be written: %s", error)
     numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
     run.accelerator.log(numbers, step=run.step)
 
 
 def reduce_skipped(run):
     """Skipped samples by reason, summed over the ranks."""
-    reasons = (*FILTERS, *FAULTS)
-    counts = torch.tensor([run.reader.skipped[reason] for reason in reasons], device=run.accelerator.device)
-    counts = run.accelerator.reduce(counts, "sum").tolist()
-    return {reason: count for reason, count in zip(reasons, counts, strict=True) if count}
+    return dict(sum(gather_object([run.reader.skipped]), Counter()))
 
 
 def gather_history(run):
@@ -1677,7 +1763,7 @@ def gather_history(run):
 
 
 def log_metrics(run, clock, progress):
-    """Logs the means since the last log: the only place where a training step waits for the device.
+    """Logs the means since the last log: the only place where a plain training step waits for the device.
 
     Ends the run, on all ranks, if ten steps in a row had no finite loss.
     """
@@ -1691,31 +1777,28 @@ def log_metrics(run, clock, progress):
         if run.nonfinite_in_a_row == 10:
             fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, a lower --learning_rate, and a "
                  "VAE that does not overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
-    losses, grad_norms = losses[good], grad_norms[grad_norms.isfinite()]
+    finite = losses[good], grad_norms[grad_norms.isfinite()]
+    loss, grad_norm = (values.mean().item() if len(values) else None for values in finite)
     seconds = time.perf_counter() - clock["time"]
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     memory, free = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, psutil.virtual_memory().available
     if accelerator.device.type == "cuda":
         memory, free = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
-    loss = losses.mean().item() if len(losses) else None
-    metrics = {"loss": loss,
-               "grad_norm": grad_norms.mean().item() if len(grad_norms) else None,
-               "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": batch * (run.step - clock["step"]) / seconds,
+    speed = batch * (run.step - clock["step"]) / seconds
+    metrics = {"loss": loss, "grad_norm": grad_norm, "lr": run.lr_scheduler.get_last_lr()[0], "samples_per_s": speed,
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
-               "free_memory_gb": free / 2**30,
-               "nonfinite_steps": run.nonfinite_steps, "skipped": reduce_skipped(run)}  # fmt: skip
+               "free_memory_gb": free / 2**30, "nonfinite_steps": run.nonfinite_steps,
+               "skipped": reduce_skipped(run)}  # fmt: skip
     run.history.clear()
     run.reader.waited, clock["time"], clock["step"] = 0.0, time.perf_counter(), run.step
     if accelerator.is_main_process:
         write_metrics(run, metrics)
-        progress.set_postfix_str(
-            f"loss {math.nan if loss is None else loss:.4g}, {metrics['samples_per_s']:.3g} images/s"
-        )
+        progress.set_postfix_str(f"loss {math.nan if loss is None else loss:.4g}, {speed:.3g} images/s")
 
 
-# -------------------------------------------------------------- training loop · copied from train_lcm_distill_sd_wds.py
+# -------------------------------------------------------------------------------------------------- training loop
 def step_generator(run, micro_step):
-    """A generator for the draws of this micro-step, different on every rank: a pure function of (seed, step, rank)."""
+    """Seeds PyTorch, and gives a generator for the draws of this micro-step: pure functions of (seed, step, rank)."""
     name = f"{run.args.seed}/{run.step}/{micro_step}/{run.accelerator.process_index}"
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
     torch.manual_seed(seed)  # for dropout, where a model has any
@@ -1742,15 +1825,17 @@ def train_step(run):
                                      draws=draws, args=args)  # fmt: skip
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm)
-                optimizer_step(run, grad_norm)
+    grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm or math.inf)
+    optimizer_step(run, grad_norm)
     update_target(models, args)
     run.history.append(torch.stack([loss_sum, grad_norm]))
 
 
 def optimizer_step(run, grad_norm):
-    """Steps the optimizer unless the gradients are not finite; a fused optimizer decides that on the device."""
+    """Steps the optimizer unless the gradients are not finite.
+
+    A fused one decides that on the device, by the attributes that torch.amp.GradScaler gives it; others wait for it.
+    """
     optimizer, is_bad = run.optimizer.optimizer, ~torch.isfinite(grad_norm)
     has_scaler = run.accelerator.scaler is not None  # which skips such steps itself
     if optimizer.defaults.get("fused") and not has_scaler:
@@ -1791,7 +1876,8 @@ def train(run):
         stop = torch.tensor(run.stop_signal)
         if host_group:  # the ranks agree on the host, so that the device need not be waited for
             torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=host_group)
-        if args.checkpointing_steps and (run.step % args.checkpointing_steps == 0 or is_last) or stop:
+        paused = time.perf_counter()
+        if stop or (args.checkpointing_steps and (run.step % args.checkpointing_steps == 0 or is_last)):
             save_checkpoint(run)
         if stop:
             progress.close()
@@ -1799,10 +1885,11 @@ def train(run):
             raise SystemExit(128 + int(stop))
         if args.validation_steps and (run.step % args.validation_steps == 0 or is_last):
             validate(run)
+        clock["time"] += time.perf_counter() - paused
     progress.close()
 
 
-# ----------------------------------------------------------------------- main · copied from train_lcm_distill_sd_wds.py
+# ------------------------------------------------------------------------------------------------------------ main
 def make_accelerator(args):
     """Starts the processes' communication, logging and trackers."""
     config = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
@@ -1855,6 +1942,7 @@ def start_run(args, accelerator):
     load_prompts(args)
     urls = expand_shards(args.train_shards_path_or_url)
     checkpoint = find_checkpoint(args)
+    # the main process looks, all are told
     args.encoded_shards = broadcast_object_list([accelerator.is_main_process and check_shards(urls, args)])[0]
     if args.max_train_steps is None:
         images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -1879,13 +1967,14 @@ def start_run(args, accelerator):
 
 def memory_savers(args):
     """What is still to be tried against an out-of-memory error, by the flags in use."""
-    yield from ["a smaller --train_batch_size"] if args.train_batch_size > 1 else []
-    yield from ["--gradient_checkpointing"] if not args.gradient_checkpointing else []
     has_target = args.ema_decay and not getattr(args, "lora_rank", 0)
-    yield from ["--offload_ema"] if has_target and not getattr(args, "offload_ema", True) else []
-    yield from ["--optimizer adamw8bit"] if args.optimizer in ("adamw", "prodigy") else []
-    yield from ["shards that prepare_shards.py encoded (no VAE, no text encoder)"] if not args.encoded_shards else []
-    yield from ["a smaller --resolution"]
+    savers = {"a smaller --train_batch_size": args.train_batch_size > 1,
+              "--gradient_checkpointing": not args.gradient_checkpointing,
+              "--offload_ema": has_target and not getattr(args, "offload_ema", True),
+              "--optimizer adamw8bit": args.optimizer in ("adamw", "prodigy"),
+              "shards that prepare_shards.py encoded (no VAE, no text encoder)": not args.encoded_shards,
+              "a smaller --resolution": True}  # fmt: skip
+    return [saver for saver, is_unused in savers.items() if is_unused]
 
 
 def main(argv=None):
@@ -1894,6 +1983,8 @@ def main(argv=None):
     accelerator = make_accelerator(args)
     run = start_run(args, accelerator)
     if accelerator.is_main_process:
+        if args.push_to_hub:
+            open_repository(args)
         Path(args.output_dir, "args.json").write_text(json.dumps(public_args(args), indent=2) + "\n", encoding="utf-8")
         config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_args(args).items()}
         accelerator.init_trackers(args.tracker_project_name, config)

@@ -101,8 +101,9 @@ def test_problems_that_need_a_person(check, old, new, problem):
         assert status == 1 and f"train_copy.py:{problem}" in lines
 
 
-SECTIONS = f"""import functools
-# ------------------------ a · copied from {NAME}
+WHOLE = f"""# Unmarked: copied from {NAME}, where it stands there too
+import functools
+# ------------------------ a
 {SOURCE.removeprefix("import functools").strip().partition("class")[0].strip()}
 
 
@@ -111,7 +112,6 @@ def new():
 
 
 # ------------------------ b
-# Copied from {NAME}
 class Thing:
     def method(self):
         return 1
@@ -122,19 +122,19 @@ def loss_here():
 """
 
 
-def test_a_section_is_a_mark_for_all_in_it(check, tmp_path):
-    assert check(SECTIONS) == (0, [])
-    drifted = SECTIONS.replace("return helper(x)", "return helper(x + 1)").replace("return x + 1  # one", "return x")
-    assert check(drifted)[1] == [f"train_copy.py:3: helper: differs from {NAME}",
-                                 f"train_copy.py:8: cached: differs from {NAME}"]  # fmt: skip
+def test_a_line_at_the_top_is_a_mark_for_all_without_one(check, tmp_path):
+    assert check(WHOLE) == (0, [])
+    drifted = WHOLE.replace("return helper(x)", "return helper(x + 1)").replace("return x + 1  # one", "return x")
+    assert check(drifted)[1] == [f"train_copy.py:4: helper: differs from {NAME}",
+                                 f"train_copy.py:9: cached: differs from {NAME}"]  # fmt: skip
     assert check(drifted, "--fix")[0] == 0
-    assert (tmp_path / "train_copy.py").read_text() == SECTIONS
+    assert (tmp_path / "train_copy.py").read_text() == WHOLE
     variant = drifted.replace("def helper", f"# Variant of {NAME}: adds nothing\ndef helper").replace("x + 1)", "x)")
     assert check(variant) == (0, [])
-    unmarked = SECTIONS.replace(f"# Copied from {NAME}\n", "")
-    assert check(unmarked)[1] == [f"train_copy.py:21: Thing: also in {NAME}: mark it as copied or as a variant"]
-    gone = SECTIONS.replace(f"a · copied from {NAME}", "a · copied from train_gone.py")
-    assert "train_copy.py:3: helper: no original in train_gone.py" in check(gone)[1]
+    own = WHOLE.partition("\n")[2]
+    assert check(own)[1][-1] == f"train_copy.py:21: Thing: also in {NAME}: mark it as copied or as a variant"
+    gone = WHOLE.replace(f"copied from {NAME},", "copied from train_gone.py,")
+    assert "train_copy.py:4: helper: no original in train_gone.py" in check(gone)[1]
 
 
 def test_constants_are_checked_too(check):

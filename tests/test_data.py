@@ -295,6 +295,7 @@ def test_dropped_captions_take_the_stored_embedding_of_the_empty_prompt(script, 
     path = (folder := own_copy("squares")) / "empty.safetensors"
     stored = {name: value * 1.05 for name, value in load_file(path).items()}
     path.write_bytes(save(stored))
+    del stored["latents"]  # by which the VAE is known
     run = begin(folder, "--center_crop", *EMPTY, "--train_batch_size", "8")
     assert stored.keys() == run.empty.keys() and all(torch.equal(run.empty[name], stored[name]) for name in stored)
     batch = run.reader.next_batch()
@@ -308,21 +309,30 @@ def test_dropped_captions_take_the_stored_embedding_of_the_empty_prompt(script, 
             assert torch.equal(row, stored[name][0] if is_dropped else own)
 
 
-def spoil_one(tensors):
-    """Another embedding under the first name: pooled where there is one."""
-    name = sorted(tensors)[0]
-    return {**tensors, name: tensors[name] * 1.2}
-
-
 @over([FIRST, SDXL])
-@pytest.mark.parametrize("change", [spoil_one, lambda found: {k: v[..., :-1].contiguous() for k, v in found.items()}],
+@pytest.mark.parametrize("name", ["text", "pooled", "latents"])
+@pytest.mark.parametrize("change", [lambda value: value * 1.2, lambda value: value[..., :-1].contiguous()],
                          ids=["values", "width"])  # fmt: skip
-def test_an_empty_prompt_of_another_text_encoder_ends_the_run(case, begin, own_copy, change):
+def test_shards_of_another_model_end_the_run(begin, own_copy, name, change):
     path = (folder := own_copy("squares")) / "empty.safetensors"
-    path.write_bytes(save(change(load_file(path))))
-    name = "pooled" if case.is_sdxl and change is spoil_one else "text"
-    with pytest.raises(SystemExit, match=f"^error: .*empty.safetensors is not this teacher's {name} embedding"):
+    tensors = load_file(path)
+    if name not in tensors:
+        return  # SD has no pooled embedding
+    path.write_bytes(save({**tensors, name: change(tensors[name])}))
+    what = {"latents": "VAE's"}.get(name, f"teacher's {name}")
+    with pytest.raises(SystemExit, match=f"^error: .*empty.safetensors does not hold this {what} encoding"):
         begin(folder, "--center_crop")
+
+
+@over([FIRST])
+def test_shards_of_another_vae_of_the_same_name_end_the_run(begin, pack, case, teacher, tmp_path):
+    other = tmp_path / "elsewhere" / Path(teacher).name
+    shutil.copytree(teacher, other)
+    weights = next((other / "vae").glob("*.safetensors"))
+    weights.write_bytes(save({name: value * 1.5 for name, value in load_file(weights).items()}))
+    begin(pack("squares", case.name), "--center_crop")
+    with pytest.raises(SystemExit, match="does not hold this VAE's encoding"):
+        begin(pack("squares", case.name), "--center_crop", "--pretrained_teacher_model", str(other))
 
 
 @over([FIRST, SDXL])
@@ -596,7 +606,7 @@ def begin_hostile(lcm, find_teacher, good, tmp_path):
 @pytest.mark.parametrize("change", [
     pytest.param(lambda data: data[:60], id="cut short"),
     pytest.param(lambda _: save({"other": torch.zeros(1)}), id="without text"),
-    pytest.param(lambda data: save({"text": load(data)["text"] * NAN}), id="NaN"),
+    pytest.param(lambda data: save({k: v * NAN for k, v in load(data).items()}), id="NaN"),
 ])  # fmt: skip
 @over([FIRST, SDXL])
 def test_a_damaged_embedding_of_the_empty_prompt_is_an_error(begin, own_copy, change):

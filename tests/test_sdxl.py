@@ -329,6 +329,7 @@ def test_thirty_steps_lower_the_loss(script, start):
                           "transformer": ["diffusers", "SD3Transformer2DModel"]}, "StableDiffusion3Pipeline"),
     ("unet/config.json", {"in_channels": 9}, "9.*in-painting"),
     ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction type 'flow'"),
+    ("model_index.json", {"scheduler": ["diffusers", "EDMDPMSolverMultistepScheduler"]}, "EDMDPM.* not supported"),
     ("vae/config.json", {"latent_channels": 16}, "VAE"),
 ])  # fmt: skip
 def test_teacher_of_another_kind(start, teacher, tmp_path, file, changes, message):

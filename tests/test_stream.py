@@ -405,6 +405,12 @@ def test_kinds_of_jpeg(lcm, options):
     assert size == (96, 64) and np.abs(found.astype(int) - np.asarray(image)).mean() < 2
 
 
+@pytest.mark.parametrize("size", [(127, 128), (128, 127), (255, 256)])
+def test_size_of_an_almost_square_jpeg(lcm, size):
+    """At half its size it is square: that says nothing of how it lay."""
+    assert load(lcm, encode(photograph(*size), "JPEG"), 32)[1] == size
+
+
 @pytest.mark.parametrize("size, shape", [((128, 171), (64, 86)), ((173, 128), (87, 64)), ((193, 130), (97, 65))])
 def test_jpegs_decoded_at_half_size_are_not_resized_where_that_fits(lcm, size, shape):
     """An odd longer side rounds up in the decoder; neither that nor rounding may cost a full decode or a resize."""

@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from conftest import (
@@ -32,6 +33,7 @@ from conftest import (
     run_script,
     tiny_args,
 )
+from diffusers import DDPMScheduler
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
@@ -553,7 +555,7 @@ def test_exported_pipeline(case, showcase):
 def test_model_card(case, script, showcase):
     output, _ = showcase
     card = (output / "README.md").read_text()
-    assert "license: creativeml-openrail-m\n" in card and f"base_model: {output.parent / 'teacher'}\n" in card
+    assert "license: creativeml-openrail-m\n" in card and f'base_model: "{output.parent / "teacher"}"\n' in card
     assert "(samples.png)" in card and Image.open(output / "samples.png").size[0] > 300
     assert '"num_ddim_timesteps": 10' in card and f"{script.TAG}]\n" in card
     if "--timestep_scaling_factor" in case.flags:
@@ -723,12 +725,33 @@ def test_teacher_with_a_short_configuration(train, tiny, tmp_path):
     ("model_index.json", {"_class_name": "StableDiffusion3Pipeline", "unet": None,
                           "transformer": ["diffusers", "SD3Transformer2DModel"]}, "StableDiffusion3Pipeline"),
     ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction type 'flow'"),
+    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr.*epsilon"),
+    ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not supported"),
+    ("model_index.json", {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "FlowMatchEuler.*supported"),
+    ("model_index.json", {"scheduler": ["diffusers", "EDMEulerScheduler"]}, "EDMEulerScheduler .* is not supported"),
     ("vae/config.json", {"latent_channels": 16}, "VAE"),
+    ("vae/config.json", {"latents_mean": [0, 0, 0, 0], "latents_std": [1, 1, 1, 1]}, "VAE with latents_mean"),
 ])  # fmt: skip
 def test_teacher_of_another_kind(train, tiny, tmp_path, file, changes, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as end:
         train(tmp_path / "run", teacher=str(edited(tiny, tmp_path, file, **changes)))
     assert "\n" not in end.value.code
+
+
+@over(SCRIPTS, "given", [
+    pytest.param({"beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True, "thresholding": True}, id="clips"),
+    pytest.param({}, id="bare"),  # DDPM's defaults are not those of the schedulers that are exported
+])  # fmt: skip
+def test_the_exported_scheduler_has_the_teachers_noise_and_clips_nothing(script, tmp_path, given):
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler", **given}))
+    teacher = DDPMScheduler.from_pretrained(tmp_path)
+    args = script.parse_args(tiny_args("a", "b", "c"))
+    script.make_scheduler(teacher.config, args).save_pretrained(tmp_path / "out")
+    exported = getattr(diffusers, json.loads((tmp_path / "out" / "scheduler_config.json").read_text())["_class_name"])
+    exported = exported.from_pretrained(tmp_path / "out")
+    assert torch.equal(exported.alphas_cumprod, teacher.alphas_cumprod)
+    assert not exported.config.clip_sample and not exported.config.thresholding
+    assert exported.config.original_inference_steps == args.num_ddim_timesteps
 
 
 @over(SCRIPTS, "flags, message", [

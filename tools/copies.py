@@ -6,8 +6,12 @@ A training script stands alone, so helpers stand in several. Directly above a fu
     # Copied from train_x.py             says that it is byte for byte that of train_x.py
     # Variant of train_x.py: reason      says that it is not, and why
 
-and the line that opens a section, `# ---- data · copied from train_x.py`, says the former of everything in the section
-that has no mark of its own and stands in train_x.py. What stands in several scripts has a mark in all but one of them.
+and the line
+
+    # Unmarked: copied from train_x.py, where it stands there too
+
+says the former of everything in the script that has no mark of its own and stands in train_x.py. What stands in several
+scripts has a mark in all but one of them.
 
     python tools/copies.py          checks: a line for each problem, and exit status 1 if there is any
     python tools/copies.py --fix    brings the originals' text into the copies, then checks
@@ -22,7 +26,7 @@ from pathlib import Path
 
 SOURCE = "train_lcm_distill_sd_wds.py"  # of two unmarked definitions of a name, this script's is the original
 MARK = re.compile(r"# (Copied from|Variant of)\s+([^\s:]+?)(?::\s*(.*))?$")
-SECTION = re.compile(r"# -{10,} .*?(?: · copied from (\S+))?$")
+UNMARKED = re.compile(r"# Unmarked: copied from (\S+), where it stands there too$", re.MULTILINE)
 
 
 @dataclass
@@ -33,14 +37,14 @@ class Definition:
     kind: str | None = None  # "Copied from", "Variant of" or None
     origin: str | None = None
     reason: str | None = None
-    section: str | None = None  # the script that the section is copied from
+    script: str | None = None  # the script that this one is copied from
 
 
 def read_definitions(path):
     """Returns {name: Definition} of what stands at a script's top level, and the lines of marks above nothing."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     definitions, marks = {}, {index for index, line in enumerate(lines, 1) if MARK.match(line)}
-    sections = {index: found[1] for index, line in enumerate(lines, 1) if (found := SECTION.match(line))}
+    unmarked = UNMARKED.search("".join(lines))
     for node in ast.parse("".join(lines)).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             name, decorators = node.name, node.decorator_list
@@ -52,7 +56,7 @@ def read_definitions(path):
         mark = MARK.match(lines[first - 2]) if first > 1 else None
         found = Definition(first, node.end_lineno, "".join(lines[first - 1 : node.end_lineno]))
         found.kind, found.origin, found.reason = mark.groups() if mark else (None, None, None)
-        found.section = next((sections[line] for line in sorted(sections, reverse=True) if line < first), None)
+        found.script = unmarked[1] if unmarked else None
         definitions[name] = found
         marks.discard(first - 1)
     return definitions, sorted(marks)
@@ -67,8 +71,8 @@ def find_problems(scripts):
         for line in marks:
             yield path, line, "-", "a mark that is not directly above a function, class or constant", None
         for name, found in definitions.items():
-            if found.kind is None and found.section and (found.section not in known or name in known[found.section][1]):
-                found.kind, found.origin = "Copied from", found.section
+            if found.kind is None and found.script and (found.script not in known or name in known[found.script][1]):
+                found.kind, found.origin = "Copied from", found.script
             original = known[found.origin][1].get(name) if found.origin in known else None
             problem = None
             if found.kind is None:

@@ -27,7 +27,9 @@ import argparse
 import contextlib
 import csv
 import datetime
+import errno
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -79,6 +81,7 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 # what may change between two starts; the batch size changes no more than rounding
 INDIFFERENT = set("output_dir num_threads cache_dir shard_timeout check contact_sheet encode_batch_size".split())
 INDIFFERENT.add("skip_unreadable_shards")
+SECRET = {"train_shards_path_or_url", "encode"}  # flags that may hold one
 
 
 # Copied from train_lcm_distill_sd_wds.py
@@ -96,6 +99,7 @@ def number(kind, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text} does not lie in {low} … {high}")
         return value
 
+    parse.__name__ = kind.__name__  # which argparse names where the text is no number
     return parse
 
 
@@ -192,6 +196,11 @@ def parse_args(argv=None):
     if args.encode and args.mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision fp16 needs a GPU; use bf16 or no")
     args.buckets = make_buckets(args.resolution, args.bucket_step) if args.aspect_ratio_buckets else None
+    if args.buckets and len(args.buckets) == 1:
+        print(
+            f"warning: --bucket_step {args.bucket_step} leaves one size of --resolution {args.resolution}",
+            file=sys.stderr,
+        )
     return args
 
 
@@ -203,14 +212,20 @@ def redact(value):
     if not isinstance(value, str):
         return value
     value = re.sub(r"(?<=://)[^/@\s]+@|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
-    secret = r"\w*(?:token|secret|key|passw|passwd|auth|sig|credential|jwt)\w*"
+    secret = r"\w*(?:token|secret|key|passw|auth|sig|credential|jwt)\w*"
     value = re.sub(rf"(?i)({secret}\s*[:= ]\s*)(?:(?:bearer|basic)\s+)?[^\s&'\"]+", r"\1…", value)
     return re.sub(r"hf_\w{8,}", "…", value)
 
 
 def public_settings(args):
-    """The arguments that decide on the content of the shards, without secrets."""
-    return {k: redact(v) for k, v in vars(args).items() if k not in INDIFFERENT}
+    """The arguments that decide on the content of the shards, without secrets; of a list of shards also a digest."""
+    settings = {k: redact(v) if k in SECRET else v for k, v in vars(args).items() if k not in INDIFFERENT}
+    if args.train_shards_path_or_url:
+        names = "\n".join(map(redact, expand_shards(args.train_shards_path_or_url)))
+        settings["train_shards_path_or_url (all names)"] = hashlib.sha256(names.encode()).hexdigest()
+    if not args.encode:
+        del settings["mixed_precision"]
+    return settings
 
 
 # ------------------------------------------------------------------------------------------------- reading samples
@@ -284,7 +299,7 @@ def read_shard(url, timeout, tries=3):
     done, faults = 0, []
     tries = tries if url.startswith("pipe:") or "://" in url else 1
     for attempt in range(tries):
-        faults.clear()
+        faults.clear()  # a second reading meets them again
         try:
             stream = gopen(url, "rb")
             with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
@@ -326,6 +341,7 @@ def load_image(data, resolution, resample):
         size, scale = image.size, resolution / min(image.size)
         too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
         if not too_large:
+            is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
             image.draft(None, (resolution, resolution))
             ImageOps.exif_transpose(image, in_place=True)
             image = to_rgb(image)
@@ -333,16 +349,21 @@ def load_image(data, resolution, resample):
         raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
     if too_large:
         raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
-    if (image.width < image.height) != (size[0] < size[1]):
-        size = size[::-1]
+    size = size[::-1] if is_turned else size
     resized = tuple(round(side * resolution / min(image.size)) for side in image.size)
     return image if image.size == resized else image.resize(resized, resample), size
 
 
 # Copied from train_lcm_distill_sd_wds.py
+def decode_text(data):
+    """Text of bytes in UTF-8, or in UTF-16 where they begin as it does; what is neither becomes U+FFFD."""
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
+
+
+# Copied from train_lcm_distill_sd_wds.py
 def read_captions(sample, info):
     """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
-    captions = [sample[name].decode("utf-8", errors="replace") for name in CAPTION_MEMBERS if name in sample]
+    captions = [decode_text(sample[name]) for name in CAPTION_MEMBERS if name in sample]
     values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
     if not captions and values:
         captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
@@ -383,7 +404,12 @@ def read_metadata(path, column):
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = []
+            for number, line in enumerate(text.split("\n"), 1):
+                try:
+                    rows += [json.loads(line)] if line.strip() else []
+                except (ValueError, RecursionError) as error:
+                    fail(f"{path}, line {number}, is no JSON: {error}")
         else:
             rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except (OSError, ValueError, csv.Error) as error:
@@ -404,12 +430,22 @@ def read_metadata(path, column):
 
 def read_coco(paths, files):
     """Reads COCO's caption files; returns {picture: captions}, the pictures by their place among `files` if there."""
-    by_name, found = {Path(file).name: file for file in files}, {}
+    by_name, found = {}, {}
+    for file in sorted(files):
+        by_name.setdefault(Path(file).name, []).append(file)
+
+    def place(name):
+        same = by_name.get(Path(name).name, [])
+        if name not in files and len(same) > 1:
+            fail(f"--coco_annotations: {name} may be {' or '.join(same[:2])}; give --image_folder one level deeper")
+        return name if name in files or not same else same[0]
+
     for path in paths:
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            names = {image["id"]: image["file_name"] for image in content["images"]}
-            captions = [(names[note["image_id"]], note["caption"]) for note in content["annotations"]]
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            names = {image["id"]: str(image["file_name"]) for image in content["images"]}
+            notes = [note for note in content["annotations"] if note["caption"] is not None]
+            captions = [(names[note["image_id"]], note["caption"]) for note in notes]
         except (OSError, ValueError) as error:
             fail(f"--coco_annotations {path} cannot be read: {error}")
         except (KeyError, TypeError) as error:
@@ -418,7 +454,7 @@ def read_coco(paths, files):
             found.setdefault(name, [])
         for name, caption in captions:
             found[name].append(str(caption))
-    return {name if name in files else by_name.get(Path(name).name, name): texts for name, texts in found.items()}
+    return {place(name): texts for name, texts in found.items()}
 
 
 def list_folder(args):
@@ -447,12 +483,18 @@ def list_folder(args):
             reject(bad, "no image", f"{name} has a caption but is not in the folder")
     if args.coco_annotations:  # which lists the pictures as well
         pictures = [file for file in pictures if file in captions]
-    records = []
+    records, texts = [], {f"{file.rsplit('.', 1)[0]}.{kinds[file]}": file for file in files}  # also of a.TXT
     for file in pictures:
         stem = file.rsplit(".", 1)[0]
-        beside = [f"{stem}.{kind}" for kind in CAPTION_MEMBERS if f"{stem}.{kind}" in known and file not in captions]
-        texts = [(root / name).read_text(encoding="utf-8-sig", errors="replace") for name in beside]
-        records.append([file, captions.get(file, texts)])
+        beside = [texts[name] for kind in CAPTION_MEMBERS if (name := f"{stem}.{kind}") in texts]
+        found = captions.get(file, [])
+        try:
+            if not found and not args.coco_annotations:
+                found = [decode_text((root / name).read_bytes()) for name in beside]
+        except OSError as error:
+            reject(bad, "no caption", f"{file}: {error}")
+            continue
+        records.append([file, found])
     return records, bad
 
 
@@ -548,10 +590,14 @@ def choose_size(size, args):
 
 
 def upright_size(file):
-    """The size of an image file, path or stream, after turning it as its EXIF says; hardly ever decodes it."""
+    """The size of an image file, path or stream, after turning it as its EXIF says; decodes some PNGs for that."""
     try:
         with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise BadSample("image too large", f"{image.width}x{image.height} pixels")
             return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
+    except BadSample:
+        raise
     except Exception as error:  # decoders raise almost anything on damaged data
         raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
 
@@ -570,7 +616,7 @@ def crop_sample(data, source, args):
         width, height = choose_size(size, args)
         short = math.ceil(max(width / size[0], height / size[1]) * min(size) - 1e-6)
     image, size = load_image(data, short, INTERPOLATION[args.interpolation_type])
-    rng = random.Random(f"{args.seed}/crop/{source}")
+    rng = random.Random(f"{args.seed}/crop/{source}".encode("utf-8", "surrogateescape"))
     left, top = (0.5, 0.5) if args.center_crop else (rng.random(), rng.random())
     x, y = int(left * (image.width - width + 1)), int(top * (image.height - height + 1))
     place = {"crop": [x, y, width, height], "time_ids": [size[1], size[0], y, x, height, width]}
@@ -578,19 +624,29 @@ def crop_sample(data, source, args):
     return image.crop((x, y, x + width, y + height)), size, place
 
 
+def known_place(info, data):
+    """What an earlier run of this tool noted of a picture that it has cropped, or None."""
+    crop = info.get("crop")
+    if not isinstance(crop, list) or len(crop) != 4 or upright_size(io.BytesIO(data)) != tuple(crop[2:]):
+        return None
+    return {key: info[key] for key in ("crop", "time_ids", "time_ids_flipped") if key in info}
+
+
 def prepare_sample(item, args):
     """Makes of an item what its shard will hold: size, JSON, captions, picture (member, bytes) and pixels to encode."""
     sample, source = open_item(item, args), source_name(item)
     info, captions, name = read_sample(sample, args)
-    pixels, cropped, place = None, None, {"crop": None}
+    pixels, cropped, place, known = None, None, {"crop": None}, known_place(info, sample[name])
     if args.buckets or args.encode:
         image, size, place = crop_sample(sample[name], source, args)
+        place = known if known and image.size == tuple(known["crop"][2:]) else place
         pixels, cropped, name, stream = np.asarray(image), image.size, args.image_format, io.BytesIO()
         if args.keep_images or not args.encode:
             image.save(stream, FORMATS[name], quality=args.image_quality, subsampling=0)
         data = stream.getvalue()
     else:
         data, size = sample[name], load_image(sample[name], 32, Image.Resampling.NEAREST)[1]  # is it whole?
+        place = known or place
     width, height = original_size(info, size)
     check_filters({"width": width, "height": height}, args)
     info = {key: value for key, value in info.items() if key not in (*CAPTION_COLUMNS, "time_ids", "time_ids_flipped")}
@@ -686,8 +742,12 @@ class Encoder:
 
     @torch.no_grad()
     def empty(self):
-        """What stands for the empty prompt: text (1, tokens, width) and pooled (1, width)."""
-        return self.pack(self.encode_captions([""]))
+        """What stands for the empty prompt, text (1, tokens, width) and pooled (1, width), and the mean `latents` of a
+        grey ramp of 64 pixels, by which training tells one VAE from another.
+        """
+        ramp = torch.arange(0, 256, 4, dtype=torch.uint8, device=self.device).expand(1, 3, 64, 64)
+        packed = self.pack(self.encode_captions([""]) | {"latents": self.encode_pixels(ramp)["latents_mean"]})
+        return packed or fail("what the models give is not finite: another --mixed_precision or --encode_dtype?")
 
 
 # --------------------------------------------------------------------------------------------------- jobs and shards
@@ -835,7 +895,11 @@ def begin(args):
         fail(f"--{name} is {settings.get(name)}, but --output_dir {output} was begun with {begun.get(name)}; "
              "give that, or another folder")  # fmt: skip
     if not index.exists() and not (progress / "plan.json").exists() and args.image_folder:
-        write_whole(progress / "plan.json", plan_folder(args))
+        try:
+            write_whole(progress / "plan.json", plan_folder(args))
+        except SystemExit:
+            shutil.rmtree(progress)  # nothing was begun that other flags could mix with
+            raise
 
 
 def finish(args, plan, encoder):
@@ -875,7 +939,8 @@ def report(args):
     """Prints what index.json says, and how to train on it."""
     output = Path(args.output_dir)
     index = json.loads((output / "index.json").read_text())
-    if missing := [shard["file"] for shard in index["shards"] if not (output / shard["file"]).is_file()]:
+    wanted = [shard["file"] for shard in index["shards"]] + (["empty.safetensors"] if index["fingerprint"] else [])
+    if missing := [name for name in wanted if not (output / name).is_file()]:
         fail(f"--output_dir {output} is complete by its index.json, but has lost {', '.join(missing)}")
     shutil.rmtree(output / "progress", ignore_errors=True)
     print_rejected(index["samples"], index["rejected"])
@@ -937,6 +1002,8 @@ def inspect_sample(item, args):
         except (ValueError, KeyError) as error:
             raise BadSample("broken encoding", f"{type(error).__name__}: {error}") from error
     thumbnail, size = load_image(sample[name], 96, Image.Resampling.BILINEAR) if name else (None, None)
+    if thumbnail:
+        thumbnail.thumbnail((128, 128))
     size = size or original_size(info, (0, 0))
     if name and args.buckets:
         bucket = choose_size(upright_size(io.BytesIO(sample[name])), args)
@@ -952,7 +1019,6 @@ def draw_sheet(samples, path):
     pen = ImageDraw.Draw(sheet)
     for index, sample in enumerate(samples):
         x, y = index % columns * cell[0] + 6, index // columns * cell[1] + 6
-        sample.thumbnail.thumbnail((128, 128))
         sheet.paste(sample.thumbnail, (x, y))
         pen.multiline_text((x, y + 130), "\n".join(textwrap.wrap(sample.captions[0], 22)[:3]), "black", font, spacing=1)
     try:
@@ -1018,6 +1084,10 @@ def main(argv=None):
         check(args) if args.check else write_shards(args)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on from the shards that are done") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fail(f"--output_dir {args.output_dir}: {error.strerror}; the same command goes on from what is done")
     except torch.OutOfMemoryError:
         fail(f"out of device memory: an --encode_batch_size below {args.encode_batch_size} goes on from what is done")
 
