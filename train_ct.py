@@ -371,6 +371,16 @@ class BadSample(Exception):
     """A sample that is skipped; `args` are one of FILTERS or FAULTS, and a detail for the log."""
 
 
+def kill_tree(pid):
+    """Kills a process and all that it started, which would outlive it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        process.suspend()  # it starts nothing more
+        for child in process.children():
+            kill_tree(child.pid)
+        process.kill()
+
+
 class ShardReader:
     """Reads the process that webdataset starts for a URL or pipe; raises TimeoutError after `timeout` idle seconds."""
 
@@ -386,10 +396,7 @@ class ShardReader:
         return data
 
     def close(self):
-        with contextlib.suppress(psutil.NoSuchProcess):  # a shell's children outlive it
-            for child in psutil.Process(self.pipe.proc.pid).children(recursive=True):
-                child.kill()
-        self.pipe.proc.kill()
+        kill_tree(self.pipe.proc.pid)
         self.pipe.stream.close()
         self.pipe.proc.wait()
 
@@ -752,7 +759,8 @@ class BatchReader:
         if workers := getattr(self.batches, "_workers", None):  # PyTorch 2.13 has no public way
             self.batches._shutdown_workers()
             for worker in workers:
-                worker.kill()
+                if worker.is_alive():  # its shard may be a command
+                    kill_tree(worker.pid)
         self.batches = None
 
     def next_batch(self):
@@ -1074,12 +1082,13 @@ def check_teacher(args):
     source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
     try:
         parts = diffusers.DiffusionPipeline.load_config(path, **source)
+        kind = parts.get("_class_name")
         scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **source)
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", **source) if "unet" in parts else None
     except (OSError, ValueError, AttributeError, TypeError) as error:
         fail(f"--pretrained_teacher_model {path} cannot be read as a diffusers pipeline: {first_line(error)}")
     if unet is None:
-        fail(f"{path}, a {parts.get('_class_name')}, has no U-Net; this script distils Stable Diffusion 1.x and 2.x")
+        fail(f"{path}, a {kind}, has no U-Net; this script distils Stable Diffusion 1.x and 2.x")
     if "text_encoder_2" in parts:
         is_refiner = not parts.get("text_encoder", [None])[0]
         fail(f"{path} is an SDXL " + ("refiner, which is no text-to-image model" if is_refiner else

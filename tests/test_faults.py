@@ -598,6 +598,30 @@ def test_a_stalled_pipe_is_given_up_and_leaves_no_process_behind(tiny, start, tm
     assert not processes_with(f"sleep {nap}")
 
 
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+def test_a_pipe_that_is_closed_while_its_shell_starts_a_command_leaves_no_process_behind(lcm, tmp_path):
+    make_shards(tmp_path, [4])
+    nap = f"1001.{os.getpid()}"
+    for _ in range(40):  # most of them hit the moment
+        samples = lcm.read_shard(f"pipe:cat {tmp_path / '00000.tar'}; sleep {nap}", 5, tries=1)
+        assert next(samples)["txt"] == b"0"
+        samples.close()
+    time.sleep(0.2)
+    assert not processes_with(f"sleep {nap}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+def test_loader_workers_that_wait_for_a_pipe_take_it_with_them(tiny, start, tmp_path):
+    make_shards(tmp_path, [8])
+    nap = f"1002.{os.getpid()}"
+    flags = ["--max_train_steps", 2, "--dataloader_num_workers", 1, "--shuffle_buffer_size", 1]
+    shard = f"pipe:cat {tmp_path / '00000.tar'}; sleep {nap}"
+    (trainer,) = start(tiny_args(tiny, shard, tmp_path / "run", *flags))
+    wait_for(lambda: processes_with(f"sleep {nap}"), trainer)
+    complete([trainer])
+    assert not processes_with(f"sleep {nap}")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_dead_loader_worker_ends_the_run_with_one_line(tiny, shards, start, tmp_path, ranks):
     def kill(script, rank):

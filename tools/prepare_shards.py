@@ -246,6 +246,17 @@ class BadSample(Exception):
 
 
 # Copied from train_lcm_distill_sd_wds.py
+def kill_tree(pid):
+    """Kills a process and all that it started, which would outlive it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        process.suspend()  # it starts nothing more
+        for child in process.children():
+            kill_tree(child.pid)
+        process.kill()
+
+
+# Copied from train_lcm_distill_sd_wds.py
 class ShardReader:
     """Reads the process that webdataset starts for a URL or pipe; raises TimeoutError after `timeout` idle seconds."""
 
@@ -261,10 +272,7 @@ class ShardReader:
         return data
 
     def close(self):
-        with contextlib.suppress(psutil.NoSuchProcess):  # a shell's children outlive it
-            for child in psutil.Process(self.pipe.proc.pid).children(recursive=True):
-                child.kill()
-        self.pipe.proc.kill()
+        kill_tree(self.pipe.proc.pid)
         self.pipe.stream.close()
         self.pipe.proc.wait()
 
