@@ -1099,10 +1099,10 @@ def check_teacher(args):
     return scheduler
 
 
-def check_tokenizer(tokenizer, text_encoder):
+def check_tokenizer(tokenizer):
     """Raises ValueError for a tokenizer without a vocabulary, which transformers makes of a folder without the file."""
-    if len(tokenizer) < (size := text_encoder.config.vocab_size) // 2:
-        raise ValueError(f"a tokenizer has {len(tokenizer)} tokens, its text encoder {size}: are files missing?")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("a tokenizer knows no words, only its special tokens: are files missing?")
 
 
 def load_frozen(args, dtype):
@@ -1110,7 +1110,7 @@ def load_frozen(args, dtype):
     path, source = args.pretrained_teacher_model, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
     tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **source)
     text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **source)
-    check_tokenizer(tokenizer, text_encoder)
+    check_tokenizer(tokenizer)
     source["subfolder"] = "vae"
     if args.pretrained_vae_model_name_or_path:
         path, source = args.pretrained_vae_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}

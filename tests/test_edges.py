@@ -143,7 +143,7 @@ def test_signal_breaks_a_validation_off(script, train, tmp_path, monkeypatch):
 def test_teacher_without_its_vocabulary(start, teacher, tmp_path):
     teacher = shutil.copytree(teacher, tmp_path / "teacher")
     (max(teacher.glob("tokenizer*")) / "tokenizer.json").unlink()  # of SDXL's two the second
-    with ends_with("a tokenizer has [0-9] tokens, its text encoder 74: are files missing?"):
+    with ends_with("a tokenizer knows no words, only its special tokens"):
         start(teacher=str(teacher))
 
 
