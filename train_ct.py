@@ -1408,6 +1408,13 @@ def list_checkpoints(output):
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
+def share(paths, like):
+    """Gives files the permissions of the file `like`: safetensors 0.8 writes them for their owner alone."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # not every file system has permissions
+            shutil.copymode(like, path)
+
+
 def write_checkpoint(run, temporary, cursors, history, skipped):
     """Writes the files of a checkpoint and waits until they are on the disk."""
     temporary.mkdir()
@@ -1419,6 +1426,7 @@ def write_checkpoint(run, temporary, cursors, history, skipped):
              "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
              "stream": {**run.reader.stream.state, "cursors": cursors, "turn": run.reader.turn}}  # fmt: skip
     (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    share(temporary.glob("*.safetensors"), temporary / "state.json")
     for path in (*temporary.iterdir(), temporary):  # on the disk before the name says that it is whole
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -1603,6 +1611,7 @@ def publish(run, patterns):
     if grids := sorted(grids, key=lambda path: int(path.stem[5:])):
         shutil.copyfile(grids[-1], output / "samples.png")
     (output / "README.md").write_text(model_card(run, bool(grids)), encoding="utf-8")
+    share(output.rglob("*.safetensors"), output / "README.md")
     if args.push_to_hub:
         try:
             upload_folder(repo_id=args.hub_model_id, folder_path=output, token=args.hub_token,

@@ -225,6 +225,16 @@ def test_precision_of_accelerates_configuration_that_is_not_supported(script, ca
 # ------------------------------------------------------------------------------------------ export, Hub and model card
 
 
+@over(SCRIPTS)
+def test_files_of_a_run_can_be_read_by_others(case, train, tmp_path):
+    mask = os.umask(0o022)
+    train(tmp_path, *TWO_STEPS, *(("--export_fused",) if case.is_lora else ()))
+    os.umask(mask)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) >= 4
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
 @over(SCRIPTS, "flags", U_NET_AND_LORA)
 def test_export_when_the_teacher_is_gone(case, script, start, teacher, tmp_path, flags):
     run, output = start(*flags, teacher=str(shutil.copytree(teacher, tmp_path / "teacher"))), tmp_path / "started"
