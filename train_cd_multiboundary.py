@@ -279,7 +279,10 @@ def parse_args(argv=None):
     parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
     for add_group in (add_model_args, add_data_args, add_method_args, add_training_args, add_output_args):
         add_group(parser)
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as error:  # of shlex or a codec
+        parser.error(f"an @file with flags cannot be read: {error}")
     check_method_args(parser, args)
     if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
         parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
@@ -1977,7 +1980,10 @@ def make_optimizer(args, parameters, num_processes):
         adam = {k: v for k, v in adam.items() if k != "eps"} if args.optimizer == "lion8bit" else adam
         optimizer = kinds[args.optimizer](parameters, **adam)
     schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
+    try:
+        return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
+    except ValueError as error:  # polynomial ends at 1e-7 and must begin above it
+        fail(f"--lr_scheduler {args.lr_scheduler} with this --learning_rate: {error}")
 
 
 def unconditional(models, nets, args):

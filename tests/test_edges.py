@@ -214,6 +214,21 @@ def test_flags_that_argparse_refuses(script, capsys, flags, message):
     assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
+@over(FIRST, "line", [b"--seed '1", b"--seed \xe9"])
+def test_files_of_flags_that_cannot_be_read(script, capsys, tmp_path, line):
+    (tmp_path / "run.args").write_bytes(line)
+    with pytest.raises(SystemExit) as end:
+        script.parse_args([f"@{tmp_path}/run.args"])
+    assert end.value.code == 2
+    assert "an @file with flags cannot be read: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@over(FIRST)
+def test_schedule_that_ends_above_its_beginning(start):
+    with ends_with("--lr_scheduler polynomial with this --learning_rate: lr_end"):
+        start("--lr_scheduler", "polynomial", "--learning_rate", "1e-8")
+
+
 @over(FIRST)
 def test_precision_of_accelerates_configuration_that_is_not_supported(script, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")

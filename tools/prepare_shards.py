@@ -175,7 +175,10 @@ def parse_args(argv=None):
     parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
     for add_group in (add_source_args, add_picture_args, add_encode_args, add_output_args):
         add_group(parser)
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as error:  # of shlex or a codec
+        parser.error(f"an @file with flags cannot be read: {error}")
     if (args.image_folder is None) == (args.train_shards_path_or_url is None):
         parser.error("give either --image_folder or --train_shards_path_or_url")
     if args.coco_annotations and not args.image_folder:
