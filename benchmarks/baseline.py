@@ -69,7 +69,8 @@ class Baseline:
 
     @torch.no_grad()
     def encode_images(self, pixel_values):
-        pixels = pixel_values.to(self.device).float() / 127.5 - 1
+        # contiguous, as torchvision's ToTensor gives them; the script's stream gives channels-last, which would carry over
+        pixels = pixel_values.to(self.device).float().contiguous() / 127.5 - 1
         return self.vae.encode(pixels).latent_dist.sample() * self.vae.config.scaling_factor
 
     def alpha_sigma(self, t):
