@@ -35,6 +35,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -893,9 +894,9 @@ PIPELINE, SCHEDULER = diffusers.StableDiffusionPipeline, TCDScheduler
 # Copied from train_tcd_distill_sd_wds.py
 def make_scheduler(config, args):
     """The stock scheduler that is exported: the teacher's noise schedule, the trained grid, latents not clipped."""
-    config = {k: v for k, v in config.items() if k != "_use_default_values"}  # which from_config would drop
-    config |= {"clip_sample": False, "thresholding": False}
-    return TCDScheduler.from_config(config, original_inference_steps=args.num_ddim_timesteps)
+    known = inspect.signature(TCDScheduler).parameters
+    config = {k: v for k, v in config.items() if k in known} | {"clip_sample": False, "thresholding": False}
+    return TCDScheduler(**config | {"original_inference_steps": args.num_ddim_timesteps})
 
 
 def find_boundaries(schedule, scheduler, num_boundaries):

@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -843,10 +844,10 @@ METHOD, TAG, CALL = ("latent consistency model (arXiv:2310.04378)", "latent-cons
 
 def make_scheduler(config, args):
     """The stock scheduler that is exported: the teacher's noise schedule, the trained grid, latents not clipped."""
-    config = {k: v for k, v in config.items() if k != "_use_default_values"}  # which from_config would drop
-    config |= {"clip_sample": False, "thresholding": False}
-    return LCMScheduler.from_config(config, original_inference_steps=args.num_ddim_timesteps,
-                                    timestep_scaling=args.timestep_scaling_factor)  # fmt: skip
+    known = inspect.signature(LCMScheduler).parameters
+    config = {k: v for k, v in config.items() if k in known} | {"clip_sample": False, "thresholding": False}
+    return LCMScheduler(**config | {"original_inference_steps": args.num_ddim_timesteps,
+                                    "timestep_scaling": args.timestep_scaling_factor})  # fmt: skip
 
 
 @dataclasses.dataclass

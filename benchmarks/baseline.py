@@ -69,7 +69,7 @@ class Baseline:
 
     @torch.no_grad()
     def encode_images(self, pixel_values):
-        # contiguous, as torchvision's ToTensor gives them; the script's stream gives channels-last, which would carry over
+        # contiguous, as torchvision's ToTensor gives them: the script's stream gives channels-last, which networks keep
         pixels = pixel_values.to(self.device).float().contiguous() / 127.5 - 1
         return self.vae.encode(pixels).latent_dist.sample() * self.vae.config.scaling_factor
 

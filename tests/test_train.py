@@ -6,6 +6,7 @@ What is copied from the first script is tested in full there, and in samples in 
 import ast
 import contextlib
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -533,7 +534,10 @@ def test_exported_scheduler_and_weights(case, showcase):
         assert not differences(case.weights(output, name), load_file(output / "checkpoint-4" / f"{name}.safetensors"))
     config = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
     assert config["_class_name"] == case.scheduler
-    assert getattr(diffusers, case.scheduler).from_pretrained(output, subfolder="scheduler").config
+    loaded = getattr(diffusers, case.scheduler).from_pretrained(output, subfolder="scheduler")
+    assert {**loaded.config, "_use_default_values": []} == {**config, "_use_default_values": []}
+    names = inspect.signature(type(loaded)).parameters  # of others each user would be warned
+    assert {name for name in config if not name.startswith("_")} == {*names}
     assert (config["beta_start"], config["prediction_type"], config["steps_offset"]) == (0.00085, "epsilon", 1)
     assert config["original_inference_steps"] == 10
     assert config["timestep_scaling"] == 9 or case.scheduler != "LCMScheduler"
