@@ -327,7 +327,7 @@ class BadSample(Exception):
 
 def kill_tree(pid):
     """Kills a process and all that it started, which would outlive it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.Error):  # it is gone, or another user's
         process = psutil.Process(pid)
         process.suspend()  # it starts nothing more
         for child in process.children():

@@ -243,8 +243,10 @@ def test_precision_of_accelerates_configuration_that_is_not_supported(script, ca
 @over(SCRIPTS)
 def test_files_of_a_run_can_be_read_by_others(case, train, tmp_path):
     mask = os.umask(0o022)
-    train(tmp_path, *TWO_STEPS, *(("--export_fused",) if case.is_lora else ()))
-    os.umask(mask)
+    try:
+        train(tmp_path, *TWO_STEPS, *(("--export_fused",) if case.is_lora else ()))
+    finally:
+        os.umask(mask)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len([path for path in files if path.suffix == ".safetensors"]) >= 4
     assert {path.stat().st_mode & 0o777 for path in files} == {0o644}

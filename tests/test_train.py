@@ -527,8 +527,6 @@ def showcase(case, train, teacher, shards, kept, tmp_path_factory):
 
 
 def test_exported_scheduler_and_weights(case, showcase):
-    import diffusers
-
     output, _ = showcase
     for name in ("target", "student"):
         assert not differences(case.weights(output, name), load_file(output / "checkpoint-4" / f"{name}.safetensors"))
