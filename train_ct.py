@@ -224,7 +224,7 @@ def add_training_args(parser):
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm (0: not)")
     add("--mixed_precision", choices=list(DTYPES), help="default: as `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
-    add("--vae_encode_batch_size", type=number(int, 1), default=32, help="images the VAE encodes at once")
+    add("--vae_encode_batch_size", type=number(int, 1), help="images the VAE takes at once (default: a megapixel)")
 
 
 # Variant of train_cd_multiboundary.py: other names
@@ -309,6 +309,8 @@ def parse_args(argv=None):
         args.cast_teacher_unet = args.mixed_precision != "no"
     if args.validation_resolutions is None:
         args.validation_resolutions = [[args.resolution, args.resolution]]
+    if args.vae_encode_batch_size is None:  # more only needs more memory
+        args.vae_encode_batch_size = max(1, 2**20 // args.resolution**2)
     return args
 
 
@@ -1247,6 +1249,9 @@ def load_models(args, scheduler, accelerator):
             model.set_attn_processor(AttnProcessor())  # attention gets wrong gradients there (torch 2.13)
         if args.compile:
             model.compile()
+    if args.offload_ema and accelerator.device.type == "cuda":
+        for parameter in target.parameters():  # in pinned memory, so that the host need not wait for its copies
+            parameter.data = parameter.data.pin_memory()
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     schedule = Schedule(scheduler, args.num_ddim_timesteps, accelerator.device)
@@ -1325,10 +1330,12 @@ def encode_images(vae, pixel_values, chunk):
 
 
 @torch.no_grad()
-def decode_latents(vae, latents):
+def decode_latents(vae, latents, chunk):
     """Latents → images in [0, 1], float32 (batch, 3, height, width)."""
+    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
     with lent(vae, latents.device):
-        return (vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
+        images = torch.cat([vae.decode(part).sample.float() for part in scaled.split(chunk)])
+    return (images / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -1761,14 +1768,15 @@ class Sampler:
             else:
                 f = functools.partial(predict_x0, net, schedule, args=args, **given)
                 x_0 = sample_chain(lambda x_t, t: [f(x_t, t)], schedule, noise, timesteps)  # noqa: B023
-            parts.append(decode_latents(models.vae, x_0).cpu())
+            parts.append(decode_latents(models.vae, x_0, args.vae_encode_batch_size).cpu())
         return torch.cat(parts)
 
 
 def validate(run):
     """Logs pictures of the EMA student beside the teacher's, and the PSNR of each network to the teacher's 50 steps."""
     if run.accelerator.is_main_process:
-        with contextlib.suppress(Stopped):
+        # not compiled: its batches are others than those of training, which would be compiled anew for any size
+        with contextlib.suppress(Stopped), torch.compiler.set_stance("force_eager"):
             for index, size in enumerate(run.args.validation_resolutions):
                 validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
     run.accelerator.wait_for_everyone()
@@ -1995,7 +2003,8 @@ def update_target(models, args):
     if not args.offload_ema:
         return torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
     for target, student in zip(models.target_parameters, models.student_parameters, strict=True):
-        target.copy_(target.to(student.device).lerp_(student, 1 - args.ema_decay))
+        moved = target.to(student.device, non_blocking=True).lerp_(student, 1 - args.ema_decay)
+        target.copy_(moved, non_blocking=True)  # on the host when the loss of this step is read there
 
 
 # Variant of train_lcm_distill_sd_wds.py: no teacher, the curriculum

@@ -204,7 +204,7 @@ def add_training_args(parser):
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm (0: not)")
     add("--mixed_precision", choices=list(DTYPES), help="default: as `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
-    add("--vae_encode_batch_size", type=number(int, 1), default=32, help="images the VAE encodes at once")
+    add("--vae_encode_batch_size", type=number(int, 1), help="images the VAE takes at once (default: a megapixel)")
 
 
 def add_output_args(parser):
@@ -274,6 +274,8 @@ def parse_args(argv=None):
         args.cast_teacher_unet = args.mixed_precision != "no"
     if args.validation_resolutions is None:
         args.validation_resolutions = [[args.resolution, args.resolution]]
+    if args.vae_encode_batch_size is None:  # more only needs more memory
+        args.vae_encode_batch_size = max(1, 2**20 // args.resolution**2)
     return args
 
 
@@ -1197,10 +1199,12 @@ def encode_images(vae, pixel_values, chunk):
 
 
 @torch.no_grad()
-def decode_latents(vae, latents):
+def decode_latents(vae, latents, chunk):
     """Latents → images in [0, 1], float32 (batch, 3, height, width)."""
+    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
     with lent(vae, latents.device):
-        return (vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
+        images = torch.cat([vae.decode(part).sample.float() for part in scaled.split(chunk)])
+    return (images / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -1614,14 +1618,15 @@ class Sampler:
             else:
                 f = functools.partial(predict_x0, net, schedule, args=args, **given)
                 x_0 = sample_chain(lambda x_t, t: [f(x_t, t)], schedule, noise, timesteps)  # noqa: B023
-            parts.append(decode_latents(models.vae, x_0).cpu())
+            parts.append(decode_latents(models.vae, x_0, args.vae_encode_batch_size).cpu())
         return torch.cat(parts)
 
 
 def validate(run):
     """Logs pictures of the EMA student beside the teacher's, and the PSNR of each network to the teacher's 50 steps."""
     if run.accelerator.is_main_process:
-        with contextlib.suppress(Stopped):
+        # not compiled: its batches are others than those of training, which would be compiled anew for any size
+        with contextlib.suppress(Stopped), torch.compiler.set_stance("force_eager"):
             for index, size in enumerate(run.args.validation_resolutions):
                 validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
     run.accelerator.wait_for_everyone()

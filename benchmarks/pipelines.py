@@ -42,10 +42,15 @@ SCALES = {
 
 @torch.no_grad()
 def random_model(build, seed):
-    """Builds a model without its own initialisation, which takes minutes at these sizes, and fills it from `seed`."""
-    generator = torch.Generator().manual_seed(seed)
+    """Builds a model without its own initialisation, which takes minutes at these sizes, and fills it from `seed`.
+
+    With `seed` None it stays without contents.
+    """
     with torch.device("meta"):
         model = build()
+    if seed is None:
+        return model
+    generator = torch.Generator().manual_seed(seed)
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
@@ -80,24 +85,38 @@ def make_unet(scale):
     )  # fmt: skip
 
 
-def make_pipeline(folder, scale):
-    """Saves the pipeline of a scale under `folder`, unless it is there already, and returns its path."""
+def save_configs(pipeline, folder):
+    """Writes what describes a pipeline, without its weights."""
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if hasattr(part, "save_config"):
+            part.save_config(folder / name)
+        elif part is not None:
+            getattr(part, "config", part).save_pretrained(folder / name)
+
+
+def make_pipeline(folder, scale, weights=True):
+    """Saves the pipeline of a scale under `folder`, unless it is there already, and returns its path.
+
+    Without `weights` only what describes it: nothing of its size is made.
+    """
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    final = Path(folder, f"pipeline-{scale}")
+    final = Path(folder, f"pipeline-{scale}" + ("" if weights else "-configs"))
     if final.is_dir():
         return str(final)
     temporary = Path(folder, f"unfinished-{scale}-{os.getpid()}")
     _, _, vae, texts = SCALES[scale]
     levels = len(vae["block_out_channels"])
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-    vae = random_model(lambda: diffusers.AutoencoderKL(latent_channels=4, **blocks, **vae), 1)
-    encoders = [random_model(lambda kind=kind, text=text: kind(CLIPTextConfig(**CLIP, **text)), 2)
+    seeds = (1, 2, 3) if weights else (None, None, None)
+    vae = random_model(lambda: diffusers.AutoencoderKL(latent_channels=4, **blocks, **vae), seeds[0])
+    encoders = [random_model(lambda kind=kind, text=text: kind(CLIPTextConfig(**CLIP, **text)), seeds[1])
                 for kind, text in zip((CLIPTextModel, CLIPTextModelWithProjection), texts, strict=False)]  # fmt: skip
     scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                         steps_offset=1, clip_sample=False, set_alpha_to_one=False)  # fmt: skip
-    parts = {"vae": vae, "text_encoder": encoders[0], "unet": random_model(lambda: make_unet(scale), 3),
+    parts = {"vae": vae, "text_encoder": encoders[0], "unet": random_model(lambda: make_unet(scale), seeds[2]),
              "tokenizer": make_tokenizer(temporary / "tokenizer"), "scheduler": scheduler}  # fmt: skip
     if len(encoders) == 2:
         parts |= {"text_encoder_2": encoders[1], "tokenizer_2": parts["tokenizer"]}
@@ -105,6 +124,9 @@ def make_pipeline(folder, scale):
     else:
         pipeline = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
                                                      requires_safety_checker=False)  # fmt: skip
-    pipeline.save_pretrained(temporary)
+    if weights:
+        pipeline.save_pretrained(temporary)
+    else:
+        save_configs(pipeline, temporary)
     temporary.rename(final)
     return str(final)

@@ -136,6 +136,32 @@ def test_signal_breaks_a_validation_off(script, train, tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
+@over(SCRIPTS)
+def test_validation_is_not_compiled(script, start, monkeypatch):
+    compiled = []
+    network = torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    monkeypatch.setattr(script, "validate_size", lambda *_: network(torch.ones(3)))
+    run = start()
+    script.validate(run)
+    assert len(compiled) == 0
+    network(torch.ones(3))
+    assert len(compiled) == 1
+
+
+@over(SCRIPTS)
+def test_vae_takes_a_megapixel_at_once(script, start, monkeypatch):
+    flags = ["--pretrained_teacher_model", "model", "--train_shards_path_or_url", "shards.tar", "--resolution"]
+    found = [script.parse_args([*flags, str(side)]).vae_encode_batch_size for side in (64, 512, 1024, 2048)]
+    assert found == [256, 4, 1, 1]
+    run, sizes = start("--vae_encode_batch_size", "3", *QUICK_VALIDATION, "--num_validation_images", "5"), []
+    for name in ("decode", "encode"):
+        original = getattr(run.models.vae, name)
+        monkeypatch.setattr(run.models.vae, name, Mock(side_effect=lambda x, f=original: sizes.append(len(x)) or f(x)))
+    assert len(script.Sampler(run, (16, 16)).images("target", 1)) == 5 and sizes == [3, 2]
+    script.encode_images(run.models.vae, torch.zeros(4, 3, 16, 16), run.args.vae_encode_batch_size)
+    assert sizes == [3, 2, 3, 1]
+
+
 # ------------------------------------------------------------------------------------------------ errors at the start
 
 

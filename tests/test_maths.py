@@ -440,7 +440,7 @@ def test_latents_become_pictures_between_zero_and_one(lcm, models):
     latents = 20 * randn()
     with torch.no_grad():
         decoded = models.vae.decode(latents / models.vae.config.scaling_factor).sample
-    found = lcm.decode_latents(models.vae, latents)
+    found = lcm.decode_latents(models.vae, latents, 1)
     torch.testing.assert_close(found, (decoded / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
     assert decoded.abs().max() > 1  # so that the clamp was needed
 

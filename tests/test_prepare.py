@@ -482,6 +482,24 @@ def test_encode_equals_training(tool, emoji, tmp_path, pipelines, kind, flip):
             assert info["time_ids_flipped" if flip else "time_ids"] == sample["time_ids"].tolist()
 
 
+def test_encode_gives_the_vae_a_megapixel_at_once(tool, pipelines, monkeypatch):
+    args = tool.parse_args(["--image_folder", ".", "--output_dir", "out", "--encode", pipelines["sd"], "--random_flip",
+                            "--mixed_precision", "no"])  # fmt: skip
+    encoder, sizes = tool.Encoder(args, torch.device("cpu")), []
+
+    def encode(x):
+        sizes.append(len(x))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=x[..., ::256, ::256], std=-x[..., ::256, ::256]))
+
+    monkeypatch.setattr(encoder.vae, "encode", encode)
+    pixels = torch.randint(0, 256, (3, 3, 512, 1024), dtype=torch.uint8)
+    found = encoder.encode_pixels(pixels)
+    assert sizes == [2, 1] * 2
+    for name, image in {"latents": pixels, "flipped": pixels.flip(-1)}.items():
+        torch.testing.assert_close(found[f"{name}_mean"], (image / 127.5 - 1)[..., ::256, ::256])
+        assert torch.equal(found[f"{name}_std"], -found[f"{name}_mean"])
+
+
 def test_encode_defaults(tool, folder, tmp_path, pipelines, make_teacher, capsys):
     """Without pictures, in half precision; another VAE; --check reads it."""
     other = make_teacher(make_pipeline, seed=1) + "/vae"

@@ -729,8 +729,10 @@ class Encoder:
         for name, image in {"latents": pixels, "flipped": pixels.flip(-1)}.items():
             if name == "latents" or self.args.random_flip:
                 image = (image / 127.5 - 1).to(self.vae.dtype, memory_format=torch.channels_last)
-                posterior = self.vae.encode(image).latent_dist
-                found |= {f"{name}_mean": posterior.mean, f"{name}_std": posterior.std}
+                chunk = max(1, 2**20 // image[0, 0].numel())  # a megapixel: more only needs more memory
+                parts = [self.vae.encode(part).latent_dist for part in image.split(chunk)]
+                found[f"{name}_mean"] = torch.cat([part.mean for part in parts])
+                found[f"{name}_std"] = torch.cat([part.std for part in parts])
         return found
 
     def pack(self, tensors):
