@@ -1188,6 +1188,9 @@ def add_adapters(unet, args):
         set_peft_model_state_dict(unet, get_peft_model_state_dict(unet, adapter_name="default"), "target")
     unet.set_adapter("default")  # the one that is trained
     unet.eval()  # new layers of dropout are in training mode
+    for layer in unet.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False  # peft would cast to float32 what autocast takes in half precision
     return names
 
 
@@ -1202,6 +1205,26 @@ def adapter_to_float32(unet, name):
 def adapter_parameters(unet, name):
     """The parameters of an adapter, in the same order for every adapter."""
     return [value for key, value in unet.named_parameters() if re.search(rf"\.lora_[AB]\.{name}\.", key)]
+
+
+def run_norm(norm, x):
+    """A GroupNorm or LayerNorm in the precision of its input.
+
+    Autocast on CUDA would run it in float32, and keep that for the backward pass: a quarter of the activations' memory.
+    Its kernels sum in float32 all the same, and autocast on a CPU leaves it alone.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        weight, bias = (None if value is None else value.to(x.dtype) for value in (norm.weight, norm.bias))
+        if isinstance(norm, torch.nn.GroupNorm):
+            return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def keep_norms_in_half(unet):
+    """Lets the norms of a U-Net on a GPU do as `run_norm` says."""
+    for module in unet.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.forward = functools.partial(run_norm, module)
 
 
 def check_latents(args, vae, unet):
@@ -1243,6 +1266,8 @@ def load_models(args, scheduler, accelerator):
     for parameter in parameters["student_parameters"] if "8bit" in args.optimizer else ():
         parameter.data = parameter.data.contiguous()  # as bitsandbytes makes it at every step
     for model in {student, target}:
+        if accelerator.device.type != "cpu":
+            keep_norms_in_half(model)
         if args.enable_xformers_memory_efficient_attention:
             model.enable_xformers_memory_efficient_attention()
         if args.compile and adapters and accelerator.device.type == "cpu":  # with frozen weights inductor's fused

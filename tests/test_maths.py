@@ -453,6 +453,41 @@ def test_prompts_are_encoded_as_the_pipeline_does(lcm, models):
     torch.testing.assert_close(lcm.encode_prompts(models, captions), stock, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [torch.nn.GroupNorm(2, 8), torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False),
+                                  torch.nn.LayerNorm(8, elementwise_affine=False)])  # fmt: skip
+def test_norms_keep_the_precision_of_their_input(lcm, norm):
+    """As autocast on a CPU lets them be already; on CUDA it would run them in float32."""
+    norm, x = copy.deepcopy(norm), 3 + 2 * randn(4, 8, 8, 8)
+    for seed, parameter in enumerate(norm.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
+    unet, exact, weights = torch.nn.Sequential(norm), copy.deepcopy(norm).double(), list(norm.parameters())
+    expected, plain = exact(x.double()), norm(x)
+    lcm.keep_norms_in_half(unet)
+    assert torch.equal(unet(x), plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = unet(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=0.03, atol=0.03)
+    for output in (found.float(), expected) if weights else ():
+        output.square().mean().backward()
+    for weight, other in zip(weights, exact.parameters(), strict=True):
+        assert weight.dtype == weight.grad.dtype == torch.float32
+        torch.testing.assert_close(weight.grad.double(), other.grad, rtol=0, atol=0.1 * other.grad.abs().max().item())
+
+
+def test_norms_in_half_leave_the_student_alone(lcm, models):
+    student = copy.deepcopy(models.student)
+    given = randn(), full(699), randn(4, 16, 16), torch.full((4,), 7.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = lcm.Denoiser(student, student.config)(*given)
+    names = list(student.state_dict())
+    lcm.keep_norms_in_half(student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = lcm.Denoiser(student, student.config)(*given)
+    assert list(student.state_dict()) == names
+    torch.testing.assert_close(found, plain, rtol=0, atol=0.02 * plain.abs().max().item())
+
+
 # ------------------------------------------------------------------------------------------------------- sampling
 
 
