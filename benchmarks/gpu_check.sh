@@ -26,10 +26,10 @@ if [ "$DRY" = 1 ]; then
 else
     "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' || { echo "no CUDA device; DRY=1 tries this on a CPU"; exit 1; }
     SCALE=sd15 CHECKS=small COUNTS="--warmup 4 --steps 10 --profile 5" WORKERS=8
-    # 26 GiB for weights, gradients and optimizer, 3 GiB an image
+    # memory.py counts 18 GiB for weights, gradients and optimizer, and 0.9 GiB an image; room for what it cannot count
     BATCH=${BATCH:-$("$PYTHON" -c 'import torch
 gib = torch.cuda.mem_get_info()[1] / 2**30
-batch = int(max(1, min(32, (gib - 26) / 3)))
+batch = int(max(1, min(32, (gib - 22) / 1.5)))
 print(batch // 8 * 8 or batch)')}
 fi
 
@@ -126,7 +126,8 @@ if [ "$DRY" != 1 ]; then
     speed 8bit 90 bf16 --optimizer adamw8bit
     speed xformers 90 bf16 --enable_xformers_memory_efficient_attention
 fi
-if grep -q -- '"--offload_ema"' "$SCRIPT"; then speed offload-ema 90 bf16 --offload_ema; fi
+speed offload-ema 90 bf16 --offload_ema
+check sync-offload-ema 60 sync_check --mixed_precision bf16 --offload_ema
 if [ "$DRY" != 1 ]; then
     check sync-fp16 60 sync_check --mixed_precision fp16
     speed fp16-compile 230 fp16 --compile

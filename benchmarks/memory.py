@@ -210,22 +210,36 @@ def describe_models(models):
 class Count:
     """Stands in for the script's train: counts two steps at every batch size, the second for the table."""
 
-    def __init__(self, script, batch_sizes, live, stages):
-        self.script, self.batch_sizes, self.live, self.stages = script, batch_sizes, live, stages
+    def __init__(self, script, options, live, stages):
+        self.script, self.options, self.live, self.stages = script, options, live, stages
         self.rows, self.models, self.waits = [], {}, []
+
+    def count_baseline(self, run, make_batch):
+        """Adds to every row what baseline.py, a plain loop over the same networks, has alive at most."""
+        from baseline import Baseline
+
+        before = self.live.live[NAME]
+        plain = Baseline(run.args, run.accelerator.device)
+        for row in self.rows:
+            for _ in range(2):
+                self.live.peak = self.live.live[NAME]
+                plain.step(make_batch(row["batch_size"]))
+            row["baseline"] = self.live.peak - before
 
     def __call__(self, run):
         live, stages, reader = self.live, self.stages, run.reader
         stages.hook_run(run)
         self.models, batches = describe_models(run.models), []
         with unset_fake_temporarily():
-            batch = reader.next_batch()
+            batch = {k: v for k, v in reader.next_batch().items() if torch.is_tensor(v) or k == "captions"}
         reader.next_batch = lambda: batches.pop()
-        for size in self.batch_sizes:
-            is_column = {k: torch.is_tensor(value) or k == "captions" for k, value in batch.items()}
+
+        def make_batch(size):
+            return {k: torch.cat([v[:1]] * size) if torch.is_tensor(v) else v[:1] * size for k, v in batch.items()}
+
+        for size in self.options.batch_sizes:
             for _ in range(2):  # the first makes gradients and the optimizer's states
-                batches.append({k: torch.cat([v[:1]] * size) if torch.is_tensor(v) else v[:1] * size
-                                for k, v in batch.items() if is_column[k]})  # fmt: skip
+                batches.append(make_batch(size))
                 run.history.clear()
                 stages.peaks.clear(), stages.begins.clear()
                 resident = live.peak = live.live[NAME]
@@ -242,6 +256,8 @@ class Count:
             self.rows.append({"batch_size": size, "resident": resident, "peak": live.peak, "peaks": {**stages.peaks},
                               "begins": {**stages.begins}, "host": live.live["cpu"],
                               "copies": {**live.copies}})  # fmt: skip
+        if self.options.compare_baseline:
+            self.count_baseline(run, make_batch)
         raise Finished
 
 
@@ -308,6 +324,9 @@ def format_table(result):
     lines.append(f"GiB, {result['scale']}, {result['mixed_precision']} {' '.join(result['flags'])}; counted on tensors "
                  "without contents, not measured on a device")  # fmt: skip
     lines += ["WAITS for the device or mixes devices: " + " < ".join(frames) for frames in result["waits"]]
+    for row in result["rows"]:
+        if plain := row.get("baseline"):
+            lines.append(f"plain loop, batch {row['batch_size']}: {plain / 2**30:.2f}, {plain / row['peak']:.2f} times")
     copies = result["rows"][-1]["copies"] if result["rows"] else {}
     lines += [f"{count} copies a step that the host waits for: {where}" for where, count in copies.items()]
     return "\n".join(lines + ([] if result["waits"] else ["values read back from the device in a step: none"]))
@@ -319,6 +338,7 @@ def main(argv=None):
     parser.add_argument("--scale", choices=SCALES, default="sd15")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
+    parser.add_argument("--compare_baseline", action="store_true", help="also the plain loop of baseline.py (LCM)")
     parser.add_argument("--json", help="where to write the numbers, and beside them the table as .md")
     options, flags = parser.parse_known_args(argv)
     if refused := [flag for flag in flags if any(part in flag for part in UNCOUNTED)]:
@@ -327,7 +347,7 @@ def main(argv=None):
     register_device()
     script, live = load_script(options.script), LiveBytes()
     stages = StageBytes(live)
-    count = Count(script, options.batch_sizes, live, stages)
+    count = Count(script, options, live, stages)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         arguments = ["--pretrained_teacher_model", make_pipeline(folder, options.scale, weights=False),
                      "--train_shards_path_or_url", make_shards(folder, 1, 2, (512, 512)), "--max_train_steps", 10,

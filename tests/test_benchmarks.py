@@ -194,6 +194,6 @@ def test_gpu_check_keeps_its_budget_and_prints_a_table(tmp_path):
 def test_gpu_check_uses_flags_that_exist():
     text = (BENCHMARKS / "gpu_check.sh").read_text()
     source = SCRIPT.read_text() + "".join(path.read_text() for path in BENCHMARKS.glob("*.py"))
-    flags = set(re.findall(r"(?<=\s)--[a-z0-9_]+", text)) - {"--offload_ema", "--format", "--query"}
+    flags = set(re.findall(r"(?<=\s)--[a-z0-9_]+", text)) - {"--format", "--query"}
     assert flags and {flag for flag in flags if f'"{flag}"' not in source} == set()
     assert all(Path(BENCHMARKS, name).is_file() for name in re.findall(r"benchmarks/(\w+\.py)", text))
