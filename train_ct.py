@@ -934,8 +934,8 @@ def curriculum(schedule, args, step):
     """The times t, ascending, that training visits at this step, and r for each of them; both (levels,)."""
     total, device = schedule.num_train_timesteps, schedule.grid.device
     if args.discretization == "fixed":
-        is_above = schedule.grid > 0  # a grid of all times has t = 0, where nothing is to be learnt
-        return schedule.grid[is_above], schedule.prev[is_above]
+        first = int(total // len(schedule.grid) == 1)  # a grid of all times has t = 0, where nothing is to be learnt
+        return schedule.grid[first:], schedule.prev[first:]
     if args.discretization == "ict":
         levels = ict_levels(args, step, total)
         t = torch.arange(1, levels + 1, device=device) * (total - 1) // levels

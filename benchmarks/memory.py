@@ -11,6 +11,7 @@ tensors of host and device, is reported with its line.
 
 import argparse
 import contextlib
+import copy
 import functools
 import os
 import tempfile
@@ -270,6 +271,13 @@ def from_config(kind, path, subfolder=None, torch_dtype=None, dtype=None, **_):
     return model.to(torch_dtype or dtype or torch.float32)
 
 
+def copy_model(plain, value, *args):
+    """deepcopy, but of a model by its configuration: PyTorch 2.13 corrupts memory where it copies fake parameters."""
+    if not isinstance(value, torch.nn.Module):
+        return plain(value, *args)
+    return type(value).from_config(value.config).to(value.dtype).train(value.training)
+
+
 def replacements(script, count, stack):
     """{(owner, name): value}: how the script is led to make its models, and take its steps, on the device."""
 
@@ -289,7 +297,8 @@ def replacements(script, count, stack):
              (script, "load_models"): functools.partial(load_models, find(script, "load_models")),
              (script, "train"): count, (script, "step_generator"): lambda *_: torch.Generator(),
              (functional, "scaled_dot_product_attention"): functools.partial(
-                 attention, functional.scaled_dot_product_attention), (torch.nn.Module, "_apply"): convert}  # fmt: skip
+                 attention, functional.scaled_dot_product_attention), (torch.nn.Module, "_apply"): convert,
+             (copy, "deepcopy"): functools.partial(copy_model, copy.deepcopy)}  # fmt: skip
     if hasattr(script, "find_boundaries"):  # reads times at the start
         pairs[script, "find_boundaries"] = lambda schedule, *_: schedule.grid
     for name in ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"):

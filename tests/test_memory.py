@@ -61,8 +61,10 @@ def counted(tmp_path_factory, make_teacher):
               "norms": (SCRIPT.stem, "keep_norms_in_half(model)", "pass"),
               "casts": (LORA, "cast_input_dtype_enabled = False", "cast_input_dtype_enabled = True")}  # fmt: skip
     jobs |= {name: [*base, "--script", spoil(folder, name, *change)] for name, change in spoilt.items()}
-    driver = [sys.executable, "-W", "ignore", "-c", DRIVER, ROOT / "benchmarks", folder / "out.json", json.dumps(jobs)]
-    done = subprocess.run(driver, capture_output=True, text=True)
+    jobs["train_ct fixed"] = [*jobs["train_ct"], "--discretization", "fixed"]
+    start = [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", DRIVER]
+    done = subprocess.run([*start, ROOT / "benchmarks", folder / "out.json", json.dumps(jobs)], capture_output=True,
+                          text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return {**json.loads((folder / "out.json").read_text()), "printed": done.stdout}
 
@@ -77,7 +79,7 @@ def test_bytes_of_known_tensors(counted):
     assert known["freed"] == known["weights"]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "train_ct fixed"])
 def test_no_step_waits_for_the_device(counted, name):
     result = counted["runs"][name]
     assert result["waits"] == [] and [row["batch_size"] for row in result["rows"]] == [8]
