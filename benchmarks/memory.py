@@ -230,21 +230,19 @@ class Count:
     def __call__(self, run):
         live, stages, reader = self.live, self.stages, run.reader
         stages.hook_run(run)
-        self.models, batches = describe_models(run.models), []
+        self.models = describe_models(run.models)
         with unset_fake_temporarily():
             batch = {k: v for k, v in reader.next_batch().items() if torch.is_tensor(v) or k == "captions"}
-        reader.next_batch = lambda: batches.pop()
+        reader.next_batch = lambda: make_batch(size)  # of the loop below
 
         def make_batch(size):
             return {k: torch.cat([v[:1]] * size) if torch.is_tensor(v) else v[:1] * size for k, v in batch.items()}
 
         for size in self.options.batch_sizes:
             for _ in range(2):  # the first makes gradients and the optimizer's states
-                batches.append(make_batch(size))
-                run.history.clear()
-                stages.peaks.clear(), stages.begins.clear()
+                for seen in (run.history, stages.peaks, stages.begins, live.copies):
+                    seen.clear()
                 resident = live.peak = live.live[NAME]
-                live.copies.clear()
                 try:
                     self.script.train_step(run)
                 except WAITS as error:

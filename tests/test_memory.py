@@ -53,7 +53,7 @@ def counted(tmp_path_factory, make_teacher):
     sdxl = next(name for name in SCRIPTS if "sdxl" in name)
     jobs[sdxl] += ["--pretrained_teacher_model", make_teacher(make_sdxl_pipeline)]
     jobs |= {flag: [*base, flag] for flag in ("--gradient_checkpointing", "--offload_ema")}
-    jobs["float32"] = [*base, "--mixed_precision", "no"]
+    jobs["float32"] = [*base, "--mixed_precision", "no", "--gradient_accumulation_steps", "2"]
     jobs["chunks"] = [*base, "--vae_encode_batch_size", "1"]
     spoilt = {"reads": (SCRIPT.stem, STUDENT, f"    f_target.mean().item()\n{STUDENT}"),
               "mixes": (SCRIPT.stem, STUDENT, f"    f_target + torch.ones(1, 4, 1, 1)\n{STUDENT}"),
