@@ -108,6 +108,25 @@ class PeakMemory:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
 
 
+def describe_models(models):
+    """{name: millions of parameters, their bytes, devices and dtypes} of the networks of a run."""
+    found, seen = {}, set()
+    for name, model in vars(models).items():
+        if isinstance(model, torch.nn.Module) and id(model) not in seen:  # a target without decay is the student
+            seen.add(id(model))
+            parameters = list(model.parameters())
+            size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+            places = {f"{p.device.type} {str(p.dtype).removeprefix('torch.')}" for p in parameters}
+            found[name] = {"millions": sum(p.numel() for p in parameters) / 1e6, "bytes": size, "on": sorted(places)}
+    return found
+
+
+def format_models(found):
+    """A line for each network of describe_models."""
+    return [f"{name}: {model['millions']:.1f} M, {model['bytes'] / 2**30:.2f} GiB, {', '.join(model['on'])}"
+            for name, model in found.items()]  # fmt: skip
+
+
 def describe(source=__file__):
     """Date, command, commit of `source`, machine and versions: what every result carries."""
     git = ["git", "-C", str(Path(source).resolve().parent)]

@@ -19,13 +19,24 @@ import traceback
 import weakref
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from common import DTYPES, Finished, describe, find, load_script, write_result
+from accelerate.state import PartialState
+from common import (
+    DTYPES,
+    Finished,
+    describe,
+    describe_models,
+    find,
+    format_models,
+    load_script,
+    run_script,
+    write_result,  # fmt: skip
+)
 from material import make_shards
 from pipelines import SCALES, make_pipeline
-from throughput import ROOT, Stages
+from throughput import ROOT, Stages, run_arguments
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -39,7 +50,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 NAME = "fakegpu"
 WAITS = (DataDependentOutputException, DynamicOutputShapeException, FakeTensorDeviceMismatchError)
 STAGES = ("text", "VAE", "teacher", "target", "student forward", "backward", "clip + optimizer", "EMA")
-UNCOUNTED = ("--compile", "--enable_xformers_memory_efficient_attention", "--use_8bit_adam", "8bit", "--base_precision")
+UNCOUNTED = ("--compile", "--enable_xformers_memory_efficient_attention", "8bit", "--base_precision")
 # autocast on CUDA runs these in half precision, those in float32, and all else as its inputs are
 HALF = ("linear", "conv2d", "matmul", "mm", "bmm", "addmm", "baddbmm")
 SINGLE = ("group_norm", "layer_norm", "softmax.int", "mse_loss", "pow.Tensor_Scalar", "exp", "log", "sum")
@@ -195,24 +206,11 @@ class StageBytes(Stages):
             self.is_inside, self.live.peak = False, max(before, self.live.peak)
 
 
-def describe_models(models):
-    """{name: millions of parameters, their bytes, device and dtype} of the networks of a run."""
-    found, seen = {}, set()
-    for name, model in vars(models).items():
-        if isinstance(model, torch.nn.Module) and id(model) not in seen:  # a target without decay is the student
-            seen.add(id(model))
-            parameters = list(model.parameters())
-            size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-            places = {f"{p.device.type} {str(p.dtype).removeprefix('torch.')}" for p in parameters}
-            found[name] = {"millions": sum(p.numel() for p in parameters) / 1e6, "bytes": size, "on": sorted(places)}
-    return found
-
-
 class Count:
-    """Stands in for the script's train: counts two steps at every batch size, the second for the table."""
+    """Stands in for train_step: takes two steps at every batch size, counts the second, and ends the run."""
 
-    def __init__(self, script, options, live, stages):
-        self.script, self.options, self.live, self.stages = script, options, live, stages
+    def __init__(self, options, stages):
+        self.options, self.stages, self.live = options, stages, stages.live
         self.rows, self.models, self.waits = [], {}, []
 
     def count_baseline(self, run, make_batch):
@@ -227,7 +225,7 @@ class Count:
                 plain.step(make_batch(row["batch_size"]))
             row["baseline"] = self.live.peak - before
 
-    def __call__(self, run):
+    def __call__(self, train_step, run):
         live, stages, reader = self.live, self.stages, run.reader
         stages.hook_run(run)
         self.models = describe_models(run.models)
@@ -244,10 +242,10 @@ class Count:
                     seen.clear()
                 resident = live.peak = live.live[NAME]
                 try:
-                    self.script.train_step(run)
+                    train_step(run)
                 except WAITS as error:
                     frames = traceback.extract_tb(error.__traceback__)
-                    own = [frame for frame in frames if Path(frame.filename) == Path(self.script.__file__)]
+                    own = [frame for frame in frames if Path(frame.filename) == Path(self.options.script).resolve()]
                     where = [f"{Path(f.filename).name}:{f.lineno} {f.line}" for f in [*own[-1:], frames[-1]]]
                     self.waits.append([f"{type(error).__name__}: {error}", *where])
                     raise Finished from error
@@ -276,7 +274,7 @@ def copy_model(plain, value, *args):
     return type(value).from_config(value.config).to(value.dtype).train(value.training)
 
 
-def replacements(script, count, stack):
+def replacements(script, live, stack):
     """{(owner, name): value}: how the script is led to make its models, and take its steps, on the device."""
 
     def make_accelerator(original, args):
@@ -287,13 +285,13 @@ def replacements(script, count, stack):
 
     def load_models(original, *args):  # from here on tensors have no contents; before, files are read and checked
         stack.enter_context(FakeMode(allow_non_fake_inputs=True))
-        stack.enter_context(count.live)
+        stack.enter_context(live)
         return original(*args)
 
     functional = torch.nn.functional
     pairs = {(script, "make_accelerator"): functools.partial(make_accelerator, find(script, "make_accelerator")),
              (script, "load_models"): functools.partial(load_models, find(script, "load_models")),
-             (script, "train"): count, (script, "step_generator"): lambda *_: torch.Generator(),
+             (script, "step_generator"): lambda *_: torch.Generator(),
              (functional, "scaled_dot_product_attention"): functools.partial(
                  attention, functional.scaled_dot_product_attention), (torch.nn.Module, "_apply"): convert,
              (copy, "deepcopy"): functools.partial(copy_model, copy.deepcopy)}  # fmt: skip
@@ -305,19 +303,6 @@ def replacements(script, count, stack):
     return pairs
 
 
-@contextlib.contextmanager
-def replaced(pairs):
-    """Replaces attributes for a while."""
-    old = {(owner, name): find(owner, name) for owner, name in pairs}
-    try:
-        for (owner, name), value in pairs.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for (owner, name), value in old.items():
-            setattr(owner, name, value)
-
-
 def format_table(result):
     """Bytes as GiB: what stays, the peak, and the peak of each stage, a line for each batch size."""
     names = [name for name in STAGES if any(name in row["peaks"] for row in result["rows"])]
@@ -326,8 +311,7 @@ def format_table(result):
         cells = [row["resident"], row["peak"], *(row["peaks"].get(name, 0) for name in names)]
         cells = [f"{cell / 2**30:.2f}" for cell in cells]
         lines.append(f"{row['batch_size']:6}{cells[0]:>9}{cells[1]:>9}    " + "".join(f"{c:>17}" for c in cells[2:]))
-    for name, model in result["models"].items():
-        lines.append(f"{name}: {model['millions']:.1f} M, {model['bytes'] / 2**30:.2f} GiB, {', '.join(model['on'])}")
+    lines += format_models(result["models"])
     lines.append(f"GiB, {result['scale']}, {result['mixed_precision']} {' '.join(result['flags'])}; counted on tensors "
                  "without contents, not measured on a device")  # fmt: skip
     lines += ["WAITS for the device or mixes devices: " + " < ".join(frames) for frames in result["waits"]]
@@ -344,6 +328,7 @@ def main(argv=None):
     parser.add_argument("--script", default=str(ROOT / "train_lcm_distill_sd_wds.py"))
     parser.add_argument("--scale", choices=SCALES, default="sd15")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.set_defaults(batch_size=1)  # of the one that is read and repeated
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--compare_baseline", action="store_true", help="also the plain loop of baseline.py (LCM)")
     parser.add_argument("--json", help="where to write the numbers, and beside them the table as .md")
@@ -354,19 +339,15 @@ def main(argv=None):
     register_device()
     script, live = load_script(options.script), LiveBytes()
     stages = StageBytes(live)
-    count = Count(script, options, live, stages)
+    count = Count(options, stages)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        arguments = ["--pretrained_teacher_model", make_pipeline(folder, options.scale, weights=False),
-                     "--train_shards_path_or_url", make_shards(folder, 1, 2, (512, 512)), "--max_train_steps", 10,
-                     "--output_dir", Path(folder, "run"), "--resolution", SCALES[options.scale][0], "--report_to",
-                     "none", "--train_batch_size", 1, "--mixed_precision", options.mixed_precision,
-                     "--dataloader_num_workers", 0, "--shuffle_buffer_size", 2, *flags]  # fmt: skip
-        stack.callback(AcceleratorState._reset_state, True)
-        stack.enter_context(replaced(replacements(script, count, stack)))
+        pipeline = make_pipeline(folder, options.scale, weights=False)
+        arguments = run_arguments(options, pipeline, make_shards(folder, 1, 2, (512, 512)), folder)
+        for (owner, name), value in replacements(script, live, stack).items():
+            stack.enter_context(mock.patch.object(owner, name, value))
         for undo in stages.hook_script(script):
             stack.callback(undo)
-        with contextlib.suppress(Finished):
-            script.main([str(argument) for argument in arguments])
+        run_script(script, [*arguments, "--dataloader_num_workers", 0, *flags], count)
     result = {**describe(options.script), "script": Path(options.script).name, "scale": options.scale,
               "mixed_precision": options.mixed_precision, "flags": flags, "models": count.models, "rows": count.rows,
               "waits": count.waits}  # fmt: skip

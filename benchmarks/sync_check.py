@@ -12,18 +12,10 @@ import traceback
 from pathlib import Path
 
 import torch
-from common import Finished, describe, load_script, run_script, write_result
+from common import Finished, describe, describe_models, format_models, load_script, run_script, write_result
 from throughput import make_parser, script_arguments
 
 WARMUP = 3
-
-
-def resident(run):
-    """{name: [parameters, dtype]} of the networks of a run."""
-    names = ("student", "target", "teacher", "vae", "text_encoder")
-    models = {name: list(getattr(run.models, name).parameters()) for name in names}
-    return {name: [sum(p.numel() for p in parameters), str(parameters[0].dtype).removeprefix("torch.")]
-            for name, parameters in models.items()}  # fmt: skip
 
 
 class Check:
@@ -35,7 +27,7 @@ class Check:
     def __call__(self, train_step, run):
         is_cuda = run.accelerator.device.type == "cuda"
         if self.index == 0:
-            self.models = resident(run)
+            self.models = describe_models(run.models)
         if self.index == WARMUP + self.steps:
             raise Finished
         if self.index < WARMUP or not is_cuda:
@@ -67,7 +59,7 @@ def main(argv=None):
     verdict = "not checked: no CUDA" if not torch.cuda.is_available() else "WAITS" if check.waits else "none"
     lines = [f"host waits in {check.index - WARMUP} plain steps ({options.mixed_precision}): {verdict}"]
     lines += [" < ".join(reversed(frames[-6:])) for frames in check.waits]
-    lines += [f"resident: {name} {count / 1e6:.1f} M {dtype}" for name, (count, dtype) in check.models.items()]
+    lines += format_models(check.models)
     result = {**describe(options.script), "verdict": verdict, "steps": check.index - WARMUP, "waits": check.waits,
               "models": check.models, "mixed_precision": options.mixed_precision, "flags": flags}  # fmt: skip
     write_result(options.json, result, "\n".join(lines))

@@ -315,11 +315,16 @@ def script_arguments(options, flags, folder):
         resolution, precision = SCALES[options.scale][0], options.mixed_precision
         shards = encode_shards(material, options.scale, resolution, options.shards, options.sides, precision)
         flags = ["--center_crop", *flags]
+    return [*run_arguments(options, pipeline, shards, folder), *flags]
+
+
+def run_arguments(options, pipeline, shards, folder):
+    """A run that goes on until it is ended, and does nothing but steps."""
     return ["--pretrained_teacher_model", pipeline, "--train_shards_path_or_url", shards, "--max_train_steps", 10**6,
             "--output_dir", Path(folder, "run"), "--resolution", SCALES[options.scale][0], "--report_to", "none",
             "--train_batch_size", options.batch_size, "--mixed_precision", options.mixed_precision,
             "--validation_steps", 0, "--checkpointing_steps", 0, "--shuffle_buffer_size", 24,
-            "--dataloader_num_workers", 2, *flags]  # fmt: skip
+            "--dataloader_num_workers", 2]  # fmt: skip
 
 
 def main(argv=None):

@@ -21,7 +21,6 @@ found = {name: memory.main(arguments) for name, arguments in json.loads(sys.argv
 with memory.FakeMode(), memory.LiveBytes() as live:
     layers = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.LayerNorm(16), torch.nn.Linear(16, 2))
     weights = [torch.zeros(p.shape, device=memory.NAME, requires_grad=True) for p in layers.parameters()]
-    names = [name for name, _ in layers.named_parameters()]
     known, x = {"weights": live.live[memory.NAME]}, torch.zeros(4, 8, device=memory.NAME)
     with torch.autocast(memory.NAME, dtype=torch.bfloat16):
         y = torch.nn.functional.linear(x, weights[0])
@@ -137,7 +136,7 @@ def test_a_step_that_waits_is_reported_with_its_line(counted, name):
     (waits,) = counted["runs"][name]["waits"]
     assert f"train_{name}.py" in waits[1] and ("item()" if name == "reads" else "torch.ones") in waits[1]
     assert waits[0].startswith("DataDependent" if name == "reads" else "FakeTensorDeviceMismatch")
-    assert f"WAITS for the device or mixes devices: {waits[0]}"[:60] in counted["printed"]
+    assert f"WAITS for the device or mixes devices: {waits[0]} < " in counted["printed"]
 
 
 def test_a_copy_that_the_host_waits_for_is_reported_with_its_line(counted):
