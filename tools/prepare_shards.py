@@ -68,13 +68,13 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
 # ------------------------------------------------------------------------------------------------------- arguments
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST  # which is exact in PIL
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -84,13 +84,13 @@ INDIFFERENT.add("skip_unreadable_shards")
 SECRET = {"train_shards_path_or_url", "encode"}  # flags that may hold one
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def fail(message):
     """Ends the process with one line that says what to do, instead of a traceback."""
     raise SystemExit(f"error: {message}")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def number(kind, low, high=math.inf):
     """An argparse type: a number within [low, high]."""
 
@@ -144,7 +144,6 @@ def add_encode_args(parser):
     add("--keep_images", action="store_true", help="keep the cropped pictures in encoded shards")
 
 
-# Variant of train_lcm_distill_sd_wds.py: other arguments
 def add_output_args(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", help="folder of the shards")
@@ -155,7 +154,7 @@ def add_output_args(parser):
     add("--contact_sheet", metavar="PNG", default="contact_sheet.png", help="picture that --check draws")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
@@ -164,7 +163,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if is_empty else super()._get_help_string(action)
 
 
-# Variant of train_lcm_distill_sd_wds.py: other arguments
 def parse_args(argv=None):
     """Reads the command line and refuses what can be known to be wrong without opening a file."""
     formatter = functools.partial(HelpFormatter, max_help_position=44, width=120)
@@ -207,7 +205,7 @@ def parse_args(argv=None):
     return args
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def redact(value):
     """Takes credentials out of shard URLs and commands before they are written anywhere."""
     if isinstance(value, list):
@@ -232,23 +230,23 @@ def public_settings(args):
 
 
 # ------------------------------------------------------------------------------------------------- reading samples
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json", "safetensors"}  # nothing else of a shard is ever read
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
 OTHER_FORMATS = {"gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jfif", "psd", "svg"}
 CAPTION_COLUMNS = ("text", "caption", "captions")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 class BadSample(Exception):
     """A sample that is skipped; `args` are one of FILTERS or FAULTS, and a detail for the log."""
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def kill_tree(pid):
     """Kills a process and all that it started, which would outlive it."""
     with contextlib.suppress(psutil.Error):  # it is gone, or another user's
@@ -259,7 +257,7 @@ def kill_tree(pid):
         process.kill()
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 class ShardReader:
     """Reads the process that webdataset starts for a URL or pipe; raises TimeoutError after `timeout` idle seconds."""
 
@@ -280,7 +278,7 @@ class ShardReader:
         self.pipe.proc.wait()
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def read_members(stream, url):
     """Yields the wanted members of a tar, as webdataset does; raises OSError where the end mark is missing."""
     with tarfile.open(fileobj=stream, mode="r|*") as shard:
@@ -295,7 +293,7 @@ def read_members(stream, url):
             raise OSError("the archive ends early")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def read_shard(url, timeout, tries=3):
     """Yields the undecoded samples of a shard: dicts of member name → bytes, plus `__key__`.
 
@@ -329,7 +327,7 @@ def read_shard(url, timeout, tries=3):
     yield from faults
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def to_rgb(image):
     """Converts every PIL mode to RGB: 16-bit grey scaled, transparency over white, CMYK and palettes resolved."""
     if image.mode.startswith(("I", "F")):
@@ -340,7 +338,7 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def load_image(data, resolution, resample):
     """Decodes image bytes, upright and in RGB, so that the shorter side has `resolution` pixels.
 
@@ -365,13 +363,13 @@ def load_image(data, resolution, resample):
     return image if image.size == resized else image.resize(resized, resample), size
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def decode_text(data):
     """Text of bytes in UTF-8, or in UTF-16 where they begin as it does; what is neither becomes U+FFFD."""
     return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def read_captions(sample, info):
     """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
     captions = [decode_text(sample[name]) for name in CAPTION_MEMBERS if name in sample]
@@ -381,7 +379,7 @@ def read_captions(sample, info):
     return [caption.encode("utf-8", "replace").decode().strip() for caption in captions]  # no lone surrogates
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def check_filters(info, args):
     """Applies the size and watermark filters to a sample's JSON. What is missing or not a number never rejects."""
     numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
@@ -392,7 +390,7 @@ def check_filters(info, args):
         raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def expand_shards(patterns):
     """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
     urls = []
@@ -1090,7 +1088,6 @@ def print_samples(samples, args):
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-# Variant of train_lcm_distill_sd_wds.py: another task
 def main(argv=None):
     args = parse_args(argv)
     try:
