@@ -2,8 +2,8 @@
 """Checks that what the six training scripts share is the same to the byte in all of them.
 
 Of a script that is the import block (from the docstring to the line "# --- mathematics that all six share"), that
-mathematics (to "# --- the method"), and the engine (from the line "# ==== the engine" to the end). tools/prepare_shards.py
-shares functions and constants with the engine: those that stand below a line "# Copied from the engine".
+mathematics (to "# --- the method"), and the engine (from the line "# ==== the engine" to the end).
+tools/prepare_shards.py shares functions and constants with the engine: those below a line "# Copied from the engine".
 
     python tools/copies.py                         checks: a line for each part that differs, and exit status 1
     python tools/copies.py --fix train_lcm_….py    brings what that script has into the others, then checks
