@@ -54,7 +54,7 @@ import tarfile
 import tempfile
 import textwrap
 import time
-import urllib.request
+import urllib.parse
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -997,7 +997,8 @@ def redact(value):
         return [redact(item) for item in value]
     if not isinstance(value, str):
         return value
-    value = re.sub(r"(?<=://)[^/@\s]+@|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
+    login = r"[^/\s]+@|[^/\s:@]*:(?!\d*(?:[/\s]|$))[^@'\"]*@"  # the latter: passwords with what no URL may hold
+    value = re.sub(rf"(?<=://)(?:{login})|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
     secret = r"\w*(?:token|secret|key|passw|auth|sig|credential|jwt)\w*"
     value = re.sub(rf"(?i)({secret}\s*[:= ]\s*)(?:(?:bearer|basic)\s+)?[^\s&'\"]+", r"\1…", value)
     return re.sub(r"hf_\w{8,}", "…", value)
@@ -1024,7 +1025,8 @@ class ShardReader:
             raise TimeoutError(f"no data for {self.timeout:g} s")
         data = os.read(self.pipe.stream.fileno(), size)
         if not data and (status := self.pipe.proc.wait(self.timeout)) != 0:
-            raise OSError(f"command ended with status {status}")
+            known = {3: "no URL", 6: "no such host", 7: "refused", 22: "not found, or not allowed"}  # of curl
+            raise OSError(f"command ended with status {status}" + (f": {known[status]}" if status in known else ""))
         return data
 
     def close(self):
@@ -1033,8 +1035,27 @@ class ShardReader:
         self.pipe.proc.wait()
 
 
+def quote_url(url):
+    """An http(s) URL as it may be sent: blanks and letters beyond ASCII encoded. Raises ValueError if it is none."""
+    if not re.match("(?i)https?://", url):
+        return url
+    parts = urllib.parse.urlsplit(urllib.parse.quote(url, safe="".join(map(chr, range(33, 127)))))
+    login, at, host = parts.netloc.rpartition("@")
+    host = urllib.parse.unquote(host) if "%" in host else host
+    return parts._replace(netloc=login + at + (host if host.isascii() else host.encode("idna").decode())).geturl()
+
+
+def open_shard(url, timeout):
+    """Opens a shard as webdataset does: a file, or what the command for its kind of URL writes."""
+    stream = gopen(quote_url(url), "rb")
+    return ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream
+
+
 def read_members(stream, url):
-    """Yields the wanted members of a tar, as webdataset does; raises OSError where the end mark is missing."""
+    """Yields the wanted members of a tar, as webdataset does.
+
+    Raises OSError where the end mark is missing, or where something follows it.
+    """
     with tarfile.open(fileobj=stream, mode="r|*") as shard:
         for member in shard:
             is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
@@ -1045,6 +1066,10 @@ def read_members(stream, url):
             shard.members = []  # tarfile would keep them all
         if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
             raise OSError("the archive ends early")
+        while data := shard.fileobj.read(1 << 16):
+            if data.strip(b"\0"):
+                yield {}  # the last sample is whole
+                raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
 
 
 def read_shard(url, timeout, tries=3):
@@ -1063,8 +1088,7 @@ def read_shard(url, timeout, tries=3):
     for attempt in range(tries):
         faults.clear()  # a second reading meets them again
         try:
-            stream = gopen(url, "rb")
-            with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
+            with contextlib.closing(open_shard(url, timeout)) as stream:
                 for index, sample in enumerate(group_by_keys(read_members(stream, url), handler=note_duplicate)):
                     if index == done:
                         done += 1
@@ -1076,7 +1100,7 @@ def read_shard(url, timeout, tries=3):
             if attempt + 1 < tries:
                 time.sleep(2**attempt)
             else:
-                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(str(error)))})
+                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(first_line(error)))})
     yield from faults
 
 
@@ -1091,6 +1115,62 @@ def shuffled(samples, size, rng):
             yield buffer.pop()
     rng.shuffle(buffer)
     yield from buffer
+
+
+def strip_metadata(data):
+    """An image's bytes without the metadata that a decoder may stumble over, though the pixels are fine.
+
+    Kept are the chunks of a PNG or WebP that say how pixels are to be read, and a JPEG's JFIF, EXIF and Adobe segments.
+    """
+    kept = []
+    if data.startswith(b"\xff\xd8"):
+        place = 2
+        while data[place : place + 1] == b"\xff" and data[place + 1] != 0xDA:  # until the scan begins
+            segment = data[place : place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")]
+            is_metadata = segment[1] == 0xFE or 0xE0 <= segment[1] <= 0xEF
+            kept += [segment] if not is_metadata or segment[1] in (0xE0, 0xE1, 0xEE) else []
+            place += len(segment)
+        return b"".join([data[:2], *kept, data[place:]])
+    if data.startswith(b"\x89PNG"):
+        place, header = 8, 12  # a chunk's name, at 4, begins with a capital where no decoder may pass over it
+        while chunk := data[place : place + header + int.from_bytes(data[place : place + 4], "big")]:
+            kept += [chunk] if chunk[4:5].isupper() or chunk[4:8] in (b"tRNS", b"eXIf") else []
+            place += len(chunk)
+        return b"".join([data[:8], *kept])
+    place = 12
+    while chunk := data[place : place + 8 + (int.from_bytes(data[place + 4 : place + 8], "little") + 1) // 2 * 2]:
+        kept += [chunk] if chunk[:4] in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"EXIF") else []
+        place += len(chunk)
+    body = b"WEBP" + b"".join(kept)
+    return data[:4] + len(body).to_bytes(4, "little") + body
+
+
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF's orientation
+
+
+def read_orientation(image):
+    """The orientation, 1 to 8, that the metadata of an image tell: 1 where they do not or cannot be read."""
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except Exception:  # whatever it is: the pixels are fine
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def open_image(data, use):
+    """Returns what `use` makes of an opened image; where that fails, of the same without metadata. Raises BadSample."""
+    for strip in (bytes, strip_metadata):
+        try:
+            return use(Image.open(io.BytesIO(strip(data)), formats=("JPEG", "PNG", "WEBP")))
+        except BadSample:
+            raise
+        except Image.DecompressionBombError as error:
+            raise BadSample("image too large", first_line(error)) from error
+        except Exception as error:  # decoders raise almost anything on damaged data
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, Image.UnidentifiedImageError):
+                reason = f"no JPEG, PNG or WebP that can be read, it begins with {data[:8]!r}"
+    raise BadSample("broken image", reason)
 
 
 def to_rgb(image):
@@ -1109,20 +1189,18 @@ def load_image(data, resolution, resample):
     JPEGs are decoded at reduced size where that suffices. Returns the image and its size (width, height) before the
     resize. Raises BadSample.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+
+    def decode(image):
         size, scale = image.size, resolution / min(image.size)
-        too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
-        if not too_large:
-            is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-            image.draft(None, (resolution, resolution))
-            ImageOps.exif_transpose(image, in_place=True)
-            image = to_rgb(image)
-    except Exception as error:  # decoders raise almost anything on damaged data
-        raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
-    if too_large:
-        raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
-    size = size[::-1] if is_turned else size
+        if size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS:  # as it is, or after the resize
+            raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
+        image.draft(None, (resolution, resolution))
+        image.load()
+        orientation = read_orientation(image)
+        image = image.transpose(TURNS[orientation]) if orientation > 1 else image
+        return to_rgb(image), size[::-1] if orientation > 4 else size
+
+    image, size = open_image(data, decode)
     resized = tuple(round(side * resolution / min(image.size)) for side in image.size)
     return image if image.size == resized else image.resize(resized, resample), size
 
@@ -1132,20 +1210,28 @@ def decode_text(data):
     return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
 
 
+def caption_texts(value):
+    """The captions that a value of JSON holds: a text, a number or a list of them. null, NaN, true, {} … are none."""
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        is_number = isinstance(item, (int, float)) and not isinstance(item, bool) and -math.inf < item < math.inf
+        found += [str(item)] if is_number or isinstance(item, str) else []
+    return found
+
+
 def read_captions(sample, info):
     """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
     captions = [decode_text(sample[name]) for name in CAPTION_MEMBERS if name in sample]
-    values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
-    if not captions and values:
-        captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
+    if not captions:
+        captions = next(filter(None, (caption_texts(info.get(name)) for name in ("caption", "captions", "text"))), [])
     return [caption.encode("utf-8", "replace").decode().strip() for caption in captions]  # no lone surrogates
 
 
 def check_filters(info, args):
-    """Applies the size and watermark filters to a sample's JSON. What is missing or not a number never rejects."""
+    """Applies the size and watermark filters to a sample's JSON; what is missing or not above 0 never rejects."""
     numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
     for side in ("width", "height"):
-        if (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
+        if 0 < (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
             raise BadSample("below min_image_size", f"{side} {size}")
     if (pwatermark := numbers.get("pwatermark", -math.inf)) > args.max_pwatermark:
         raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
@@ -1198,6 +1284,16 @@ def decode_encoded(data, info, pick, is_flipped, args):
     return found
 
 
+def describe_lack(sample, wanted):
+    """What a sample needs and what it has, for messages, and by which rule of shards it may have come to that."""
+    found = sorted(name for name in sample if not name.startswith("__"))
+    dotted = [f"{sample['__key__']}.{name}" for name in found if "." in name]
+    rule = "the members of a sample must lie side by side: tar --sort=name"
+    if dotted:
+        rule = f"a key ends at the first dot, also that of {dotted[0]}: rename it"
+    return f"needed: {wanted}; found: {', '.join(found)} ({rule})"
+
+
 def read_time_ids(info, is_flipped, args):
     """Micro-conditioning, {"time_ids": (6,)}, of a sample, as this script or tools/prepare_shards.py cropped it: height
     and width before the resize, top and left of the crop, target height and width. {} where its JSON has none.
@@ -1231,15 +1327,14 @@ def decode_sample(sample, args, rng):
         raise sample["__fault__"]
     info = read_info(sample)
     check_filters(info, args)
-    found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
     is_encoded = "safetensors" in sample if args.encoded_shards is None else args.encoded_shards
     wanted = ("safetensors",) if is_encoded else IMAGE_MEMBERS
     data = next((sample[name] for name in wanted if name in sample), None)
     if data is None:
-        raise BadSample("no image", f"needed: {', '.join(wanted)}; found: {found}")
+        raise BadSample("no image", describe_lack(sample, ", ".join(wanted)))
     captions = read_captions(sample, info)
     if not captions:
-        raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} or caption in the json; found: {found}")
+        raise BadSample("no caption", describe_lack(sample, f"{', '.join(CAPTION_MEMBERS)} or caption in the json"))
     pick, is_flipped = int(pick * len(captions)), args.random_flip and flip < 0.5
     caption = captions[pick] if drop >= args.proportion_empty_prompts else ""
     if is_encoded:
@@ -1448,13 +1543,17 @@ def expand_shards(patterns):
     """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
     urls = []
     for pattern in patterns:
-        is_list = pattern.endswith(".txt") and not pattern.startswith("pipe:")
+        is_list, lines = pattern.endswith(".txt") and not pattern.startswith("pipe:"), [pattern]
         try:
-            lines = Path(pattern).read_text(encoding="utf-8").splitlines() if is_list else [pattern]
+            if is_list:
+                data = Path(pattern).read_bytes()
+                lines = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
+                lines = [re.sub(r"^(['\"])(.*)\1$", r"\2", line.strip()) for line in lines]
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
         except (OSError, ValueError) as error:
-            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {error}")
+            reason = getattr(error, "strerror", None) or redact(first_line(error))  # strerror is without the path
+            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {reason}")
         if is_list and any(url.startswith("pipe:") for url in found):
             fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
         urls += found
@@ -1470,13 +1569,13 @@ def check_shards(urls, args, shapes, most=100):
 
     def problem(url):
         try:
-            if url.startswith(("http://", "https://")):
-                request = urllib.request.Request(url, headers={"Range": "bytes=0-511"})
-                urllib.request.urlopen(request, timeout=min(10.0, args.shard_timeout)).close()
+            if re.match("(?i)https?://", url):  # by the reader itself: what it can read passes
+                with contextlib.closing(open_shard(url, min(10.0, args.shard_timeout))) as stream:
+                    stream.read(1)
             elif not url.startswith("pipe:") and "://" not in url.removeprefix("file:"):
                 open(re.sub("^file:(//)?", "", url), "rb").close()
-        except (OSError, ValueError) as error:
-            return f"{redact(url)} ({getattr(error, 'strerror', None) or error})"
+        except Exception as error:
+            return f"{redact(url)} ({redact(getattr(error, 'strerror', None) or first_line(error))})"
 
     remote = [url for url in urls if "://" in url]
     with ThreadPoolExecutor(16) as pool:
