@@ -24,6 +24,8 @@ and ends in the very weights of a run that was not.
 """
 
 import argparse
+import base64
+import bz2
 import contextlib
 import dataclasses
 import functools
@@ -33,6 +35,7 @@ import io
 import itertools
 import json
 import logging
+import lzma
 import math
 import os
 import random
@@ -46,7 +49,9 @@ import tarfile
 import tempfile
 import textwrap
 import time
+import urllib.parse
 import urllib.request
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -296,7 +301,8 @@ def redact(value):
         return [redact(item) for item in value]
     if not isinstance(value, str):
         return value
-    value = re.sub(r"(?<=://)[^/@\s]+@|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
+    login = r"[^/\s]+@|[^/\s:@]*:(?!\d*(?:[/\s]|$))[^@'\"]*@"  # the latter: passwords with what no URL may hold
+    value = re.sub(rf"(?<=://)(?:{login})|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
     secret = r"\w*(?:token|secret|key|passw|auth|sig|credential|jwt)\w*"
     value = re.sub(rf"(?i)({secret}\s*[:= ]\s*)(?:(?:bearer|basic)\s+)?[^\s&'\"]+", r"\1…", value)
     return re.sub(r"hf_\w{8,}", "…", value)
@@ -351,17 +357,98 @@ class ShardReader:
         self.pipe.proc.wait()
 
 
+def quote_url(url):
+    """An http(s) URL as it may be sent: blanks and letters beyond ASCII encoded. Raises ValueError if it is none."""
+    if not re.match("(?i)https?://", url):
+        return url
+    parts = urllib.parse.urlsplit(urllib.parse.quote(url, safe="".join(map(chr, range(33, 127)))))
+    login, at, host = parts.netloc.rpartition("@")
+    host = urllib.parse.unquote(host) if "%" in host else host
+    return parts._replace(netloc=login + at + (host if host.isascii() else host.encode("idna").decode())).geturl()
+
+
+def open_shard(url, timeout):
+    """Opens a shard as webdataset does: a file, or what the command for its kind of URL writes."""
+    stream = gopen(quote_url(url), "rb")
+    return ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream
+
+
+class Unpacker:
+    """Reads a stream; unpacks it if it begins as gzip, bzip2 or xz do, also several of them one after the other."""
+
+    def __init__(self, stream):
+        self.stream, self.packed, self.member = stream, b"", None
+        while len(self.packed) < 6 and (data := stream.read(6 - len(self.packed))):
+            self.packed += data
+        kinds = {b"\x1f\x8b": functools.partial(zlib.decompressobj, 31), b"BZh": bz2.BZ2Decompressor,
+                 b"\xfd7zXZ": lzma.LZMADecompressor}  # fmt: skip
+        self.kind = next((kind for magic, kind in kinds.items() if self.packed.startswith(magic)), None)
+
+    def read(self, size):
+        while True:
+            data, self.packed = self.packed or self.stream.read(size), b""
+            if not self.kind:
+                return data
+            if self.member is None or self.member.eof:
+                data = data.lstrip(b"\0") if self.member else data  # they may be padded
+                self.member = self.kind() if data else self.member
+            elif not data:
+                raise EOFError("the compressed data ends early")
+            if not data:
+                return b""
+            found = self.member.decompress(data)
+            self.packed = self.member.unused_data if self.member.eof else b""
+            if found:
+                return found
+
+
+class Header(tarfile.TarInfo):
+    """A header of a tar that is read on behind end marks. Counts these in the tar's `ends`, notes in `is_whole` whether
+    one came last, and raises OSError for a damaged header, which tarfile would pass over with all that it stands for.
+    """
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            if buf.strip(b"\0"):
+                raise OSError(f"no tar header where one belongs: {error}") from error
+            raise
+
+    @classmethod
+    def fromtarfile(cls, shard):
+        try:
+            header = super().fromtarfile(shard)
+            shard.is_whole = False
+            return header
+        except tarfile.EOFHeaderError:
+            shard.ends, shard.is_whole = getattr(shard, "ends", 0) + 1, True
+            raise
+
+
 def read_members(stream, url):
-    """Yields the wanted members of a tar, as webdataset does; raises OSError where the end mark is missing."""
-    with tarfile.open(fileobj=stream, mode="r|*") as shard:
-        for member in shard:
-            is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
-            if member.isreg() and not is_hidden and member.name.rsplit(".", 1)[-1].lower() in MEMBERS:
-                is_sane = member.size <= MAX_MEMBER_BYTES and not member.issparse()
-                data = shard.extractfile(member).read() if is_sane else b""
-                yield {"fname": member.name, "data": data, "__url__": url}
-            shard.members = []  # tarfile would keep them all
-        if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
+    """Yields the wanted members of a tar, as webdataset does, and {} between those of tars that were joined.
+
+    Raises OSError where the last end mark is missing or something else than a tar follows one.
+    """
+    with tarfile.open(fileobj=Unpacker(stream), mode="r|", tarinfo=Header, ignore_zeros=True) as shard:
+        ends = 0
+        try:
+            for member in shard:
+                if ends != (ends := getattr(shard, "ends", 0)):
+                    yield {}
+                is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
+                if member.isreg() and not is_hidden and member.name.rsplit(".", 1)[-1].lower() in MEMBERS:
+                    is_sane = member.size <= MAX_MEMBER_BYTES and not member.issparse()
+                    data = shard.extractfile(member).read() if is_sane else b""
+                    yield {"fname": member.name, "data": data, "__url__": url}
+                shard.members = []  # tarfile would keep them all
+        except Exception:
+            if getattr(shard, "is_whole", False):  # what came before the end mark is whole, the last sample too
+                yield {}
+            raise
+        if not getattr(shard, "is_whole", False):
             raise OSError("the archive ends early")
 
 
@@ -381,8 +468,7 @@ def read_shard(url, timeout, tries=3):
     for attempt in range(tries):
         faults.clear()  # a second reading meets them again
         try:
-            stream = gopen(url, "rb")
-            with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
+            with contextlib.closing(open_shard(url, timeout)) as stream:
                 for index, sample in enumerate(group_by_keys(read_members(stream, url), handler=note_duplicate)):
                     if index == done:
                         done += 1
@@ -394,7 +480,7 @@ def read_shard(url, timeout, tries=3):
             if attempt + 1 < tries:
                 time.sleep(2**attempt)
             else:
-                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(str(error)))})
+                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(first_line(error)))})
     yield from faults
 
 
@@ -409,6 +495,72 @@ def shuffled(samples, size, rng):
             yield buffer.pop()
     rng.shuffle(buffer)
     yield from buffer
+
+
+def strip_png(data):
+    """A PNG of its pixels, transparency and orientation alone: other chunks may be what a decoder stumbles over."""
+    kept, place, start = [data[:8]], 8, (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+    while chunk := data[place : place + 12 + int.from_bytes(data[place : place + 4], "big")]:
+        kind, body = chunk[4:8], chunk[8:-4]
+        is_whole = zlib.crc32(kind + body) == int.from_bytes(chunk[-4:], "big")
+        fits = len(body) in {0: [2], 2: [6], 3: range(257)}.get(data[25], []) if kind == b"tRNS" else kind == b"eXIf"
+        if not kind[:1].islower() or is_whole and (fits or body.startswith(start)):  # a capital: it is needed
+            kept.append(chunk)
+        place += len(chunk)
+    return b"".join(kept)
+
+
+def strip_jpeg(data):
+    """A JPEG without comments and application segments other than whole ones of JFIF, EXIF, XMP and Adobe."""
+    kept, place, least = [data[:2]], 2, {0xE0: 18, 0xE1: 4, 0xEE: 16}
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] not in (b"", b"\xda"):  # until the scan
+        if data[place + 1] == 0xFF:  # which may stand between segments
+            place += 1
+            continue
+        segment = data[place : place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")]
+        is_metadata = 0xE0 <= segment[1] <= 0xEF or segment[1] == 0xFE
+        if not is_metadata or len(segment) >= least.get(segment[1], math.inf):
+            kept.append(segment)
+        place += len(segment)
+    return b"".join([*kept, data[place:]])
+
+
+def strip_webp(data):
+    """A WebP without its colour profile and without chunks that are cut off."""
+    kept, place = [], 12
+    while chunk := data[place : place + 8 + (int.from_bytes(data[place + 4 : place + 8], "little") + 1) // 2 * 2]:
+        is_whole = len(chunk) >= 8 + int.from_bytes(chunk[4:8], "little")
+        kept += [chunk] if is_whole and chunk[:4] != b"ICCP" else []
+        place += len(chunk)
+    body = b"WEBP" + b"".join(kept)
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+STRIP = {b"\x89PN": strip_png, b"\xff\xd8\xff": strip_jpeg, b"RIF": strip_webp}
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF's orientation
+
+
+def read_orientation(image):
+    """The orientation, 1 to 8, that the metadata of an image tell: 1 where they do not or cannot be read."""
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except Exception:  # whatever it is: the pixels are fine
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def open_image(data, use):
+    """Returns what `use` makes of an opened image; where that fails, of the same without metadata. Raises BadSample."""
+    for strip in (bytes, STRIP.get(data[:3], bytes)):
+        try:
+            return use(Image.open(io.BytesIO(strip(data)), formats=("JPEG", "PNG", "WEBP")))
+        except BadSample:
+            raise
+        except Exception as error:  # decoders raise almost anything on damaged data
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, Image.UnidentifiedImageError):
+                reason = f"no JPEG, PNG or WebP that can be read, it begins with {data[:8]!r}" if data else "no bytes"
+    raise BadSample("broken image", reason)
 
 
 def to_rgb(image):
@@ -427,20 +579,18 @@ def load_image(data, resolution, resample):
     JPEGs are decoded at reduced size where that suffices. Returns the image and its size (width, height) before the
     resize. Raises BadSample.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+
+    def decode(image):
         size, scale = image.size, resolution / min(image.size)
-        too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
-        if not too_large:
-            is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-            image.draft(None, (resolution, resolution))
-            ImageOps.exif_transpose(image, in_place=True)
-            image = to_rgb(image)
-    except Exception as error:  # decoders raise almost anything on damaged data
-        raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
-    if too_large:
-        raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
-    size = size[::-1] if is_turned else size
+        if size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS:  # as it is, or after the resize
+            raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
+        image.draft(None, (resolution, resolution))
+        image.load()
+        orientation = read_orientation(image)
+        image = image.transpose(TURNS[orientation]) if orientation > 1 else image
+        return to_rgb(image), size[::-1] if orientation > 4 else size
+
+    image, size = open_image(data, decode)
     resized = tuple(round(side * resolution / min(image.size)) for side in image.size)
     return image if image.size == resized else image.resize(resized, resample), size
 
@@ -450,12 +600,20 @@ def decode_text(data):
     return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
 
 
+def caption_texts(value):
+    """The captions that a value of JSON holds: a text, a number or a list of them. null, NaN, true, {} … are none."""
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        is_number = isinstance(item, (int, float)) and not isinstance(item, bool) and -math.inf < item < math.inf
+        found += [str(item)] if is_number or isinstance(item, str) else []
+    return found
+
+
 def read_captions(sample, info):
     """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
     captions = [decode_text(sample[name]) for name in CAPTION_MEMBERS if name in sample]
-    values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
-    if not captions and values:
-        captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
+    if not captions:
+        captions = next(filter(None, (caption_texts(info.get(name)) for name in ("caption", "captions", "text"))), [])
     return [caption.encode("utf-8", "replace").decode().strip() for caption in captions]  # no lone surrogates
 
 
@@ -516,6 +674,16 @@ def decode_encoded(data, info, pick, is_flipped, args):
     return found
 
 
+def describe_lack(sample, wanted):
+    """What a sample needs and what it has, for messages, and by which rule of shards it may have come to that."""
+    found = sorted(name for name in sample if not name.startswith("__"))
+    dotted = [f"{sample['__key__']}.{name}" for name in found if "." in name]
+    rule = "the members of a sample must lie side by side: tar --sort=name"
+    if dotted:
+        rule = f"a key ends at the first dot, also that of {dotted[0]}: rename it"
+    return f"needed: {wanted}; found: {', '.join(found)} ({rule})"
+
+
 def decode_sample(sample, args, rng):
     """Decodes a sample; gives `captions`, one text, and `pixel_values`, uint8 (3, height, width), or of an encoded one
     what decode_encoded does, and whether the caption `is_empty`.
@@ -531,15 +699,14 @@ def decode_sample(sample, args, rng):
         info = {}
     info = info if isinstance(info, dict) else {}
     check_filters(info, args)
-    found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
     is_encoded = "safetensors" in sample if args.encoded_shards is None else args.encoded_shards
     wanted = ("safetensors",) if is_encoded else IMAGE_MEMBERS
     data = next((sample[name] for name in wanted if name in sample), None)
     if data is None:
-        raise BadSample("no image", f"needed: {', '.join(wanted)}; found: {found}")
+        raise BadSample("no image", describe_lack(sample, ", ".join(wanted)))
     captions = read_captions(sample, info)
     if not captions:
-        raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} or caption in the json; found: {found}")
+        raise BadSample("no caption", describe_lack(sample, f"{', '.join(CAPTION_MEMBERS)} or caption in the json"))
     pick, is_flipped = int(pick * len(captions)), args.random_flip and flip < 0.5
     caption = captions[pick] if drop >= args.proportion_empty_prompts else ""
     if is_encoded:
@@ -737,9 +904,12 @@ def expand_shards(patterns):
     """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
     urls = []
     for pattern in patterns:
-        is_list = pattern.endswith(".txt") and not pattern.startswith("pipe:")
+        is_list, lines = pattern.endswith(".txt") and not pattern.startswith("pipe:"), [pattern]
         try:
-            lines = Path(pattern).read_text(encoding="utf-8").splitlines() if is_list else [pattern]
+            if is_list:
+                data = Path(pattern).read_bytes()
+                lines = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
+                lines = [re.sub(r"^(['\"])(.*)\1$", r"\2", line.strip()) for line in lines]
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
         except (OSError, ValueError) as error:
@@ -750,6 +920,25 @@ def expand_shards(patterns):
     return urls or fail("--train_shards_path_or_url names no shard")
 
 
+def check_url(url, timeout):
+    """Returns an error, or None if an http(s) URL answers: Python, or otherwise the shards' reader, which decides."""
+    try:
+        parts = urllib.parse.urlsplit(quote_url(url))
+        login, _, host = parts.netloc.rpartition("@")
+        request = urllib.request.Request(parts._replace(netloc=host).geturl())
+        if login:
+            login = urllib.parse.unquote(login if ":" in login else f"{login}:").encode()
+            request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login).decode()}")
+        urllib.request.urlopen(request, timeout=timeout).close()
+        return None
+    except Exception as error:  # sockets, codecs and http.client raise many kinds
+        reason = error
+    with contextlib.suppress(Exception), contextlib.closing(open_shard(url, timeout)) as stream:
+        if stream.read(1):
+            return None
+    return reason
+
+
 def check_shards(urls, args, most=100):
     """Names every local shard that is missing and every URL (of the first `most`) that does not answer; never hangs.
 
@@ -758,14 +947,17 @@ def check_shards(urls, args, most=100):
     """
 
     def problem(url):
+        error = None
         try:
-            if url.startswith(("http://", "https://")):
-                request = urllib.request.Request(url, headers={"Range": "bytes=0-511"})
-                urllib.request.urlopen(request, timeout=min(10.0, args.shard_timeout)).close()
+            if re.match("(?i)https?://", url):
+                error = check_url(url, min(10.0, args.shard_timeout))
             elif not url.startswith("pipe:") and "://" not in url.removeprefix("file:"):
                 open(re.sub("^file:(//)?", "", url), "rb").close()
-        except (OSError, ValueError) as error:
-            return f"{redact(url)} ({getattr(error, 'strerror', None) or error})"
+        except (OSError, ValueError) as found:
+            error = found
+        if error:
+            return f"{redact(url)} ({redact(getattr(error, 'strerror', None) or first_line(error))})"
+        return None
 
     remote = [url for url in urls if "://" in url]
     with ThreadPoolExecutor(16) as pool:
@@ -792,7 +984,7 @@ def count_samples(urls, args):
     total, wanted = 0, ("safetensors",) if args.encoded_shards else IMAGE_MEMBERS
     for path in paths:
         try:
-            with tarfile.open(path) as shard:
+            with tarfile.open(path, ignore_zeros=True) as shard:  # on behind end marks, as read_members
                 total += sum(name.rsplit(".", 1)[-1].lower() in wanted for name in shard.getnames())
         except (OSError, EOFError, tarfile.TarError) as error:
             logger.warning("The samples of %s are not counted: %s", path, first_line(error))
