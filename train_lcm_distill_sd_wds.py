@@ -924,6 +924,10 @@ def check_url(url, timeout):
     """Returns an error, or None if an http(s) URL answers: Python, or otherwise the shards' reader, which decides."""
     try:
         parts = urllib.parse.urlsplit(quote_url(url))
+        parts.port  # noqa: B018  # raises ValueError
+    except ValueError:  # which may name a part of a password
+        return ValueError("no URL: its host or port is wrong, or a password holds / or [, to be written %2F or %5B")
+    try:
         login, _, host = parts.netloc.rpartition("@")
         request = urllib.request.Request(parts._replace(netloc=host).geturl())
         if login:

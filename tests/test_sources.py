@@ -1,27 +1,26 @@
 """Captions, shards, pictures and servers as people have them: what is read of them, and what is said of the rest."""
 
+import base64
 import bz2
 import contextlib
-import functools
 import gzip
 import http.server
 import io
 import json
 import lzma
-import math
 import random
 import shutil
 import socket
 import struct
 import tarfile
 import threading
+import urllib.parse
 import zlib
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import image_bytes, make_shards, tiny_args, write_shard
+from conftest import image_bytes, tiny_args, write_shard
 from PIL import Image
 
 PNG = image_bytes()
@@ -119,7 +118,7 @@ FAULT = {"unreadable shard": 1}
         (gzip.compress(A) + bytes(512), "01", {}),
         (gzip.compress(A) + b"garbage", "01", FAULT),
         (gzip.compress(A) + gzip.compress(B)[:100], "01", FAULT),
-        (gzip.compress(A)[:-200], "0", FAULT),
+        (gzip.compress(A)[:-40], "0", FAULT),
         (b"", "", FAULT),
         (b"\x1f", "", FAULT),
     ],
@@ -175,6 +174,144 @@ def test_quoted_commands_in_lists_are_refused(lcm, tmp_path, line):
     (tmp_path / "list.txt").write_text(line, encoding="utf-8")
     with pytest.raises(SystemExit, match="may not hold pipe: commands"):
         lcm.expand_shards([str(tmp_path / "list.txt")])
+
+
+# ----------------------------------------------------------------------------------------------------------- servers
+@contextlib.contextmanager
+def listening(handle):
+    """An http server at 127.0.0.1 whose GET is `handle`, a function of the request; gives its host and port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        do_GET = handle
+        log_message = lambda *_: None  # noqa: E731
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def answer(request, data, status=200):
+    request.send_response(status)
+    request.send_header("Content-Length", str(len(data)))
+    request.end_headers()
+    with contextlib.suppress(OSError):
+        request.wfile.write(data)
+
+
+def give(request, status=200):
+    answer(request, A if status == 200 else b"no", status)
+
+
+PASSWORD = "s3cr:et/pä@ß"
+KINDS = {  # what the server says to a request
+    "plain": lambda _: 200,
+    "refuses ranges": lambda request: 416 if "Range" in request.headers else 200,
+    "knows no Python": lambda request: 403 if "Python" in request.headers["User-Agent"] else 200,
+    "password": lambda request: 200 if request.headers["Authorization"]
+    == "Basic " + base64.b64encode(f"user:{PASSWORD}".encode()).decode() else 401,
+    "a space": lambda request: 200 if request.path == "/b%20c.tar?d=%20e" else 404,
+    "beyond ASCII": lambda request: 200 if request.path == "/%C3%BC%20f.tar" else 404,
+    "quoted before": lambda request: 200 if request.path == "/%C3%BC%2f.tar?a=%20" else 404,
+}  # fmt: skip
+URLS = {
+    "password": f"http://user:{urllib.parse.quote(PASSWORD, safe='')}@HOST/0.tar",
+    "a space": "http://HOST/b c.tar?d= e",
+    "beyond ASCII": "http://HOST/ü f.tar",
+    "quoted before": "HTTP://HOST/ü%2f.tar?a=%20",
+}
+
+
+@needs_curl
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_takes_what_the_reader_takes(lcm, kind):
+    with listening(lambda request: give(request, KINDS[kind](request))) as host:
+        url = URLS.get(kind, "http://HOST/0.tar").replace("HOST", host)
+        lcm.check_shards([url], make_args(lcm))
+        assert outcome(lcm, url) == (["0", "1"], {})
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("http://user:verysecret@HOST/0.tar", "401"),
+        ("http://user:very/secret@HOST/0.tar", "host or port is wrong"),
+        ("http://user:very secret@HOST/0.tar", "401"),
+        ("http://user:very@secret@HOST/0.tar", "401"),
+        ("http://user:verysecret@HOST:80x/0.tar", "host or port is wrong"),
+        ("http://user:verysecret@127.0.0.1:99999/0.tar", "host or port is wrong"),
+        ("http://user:verysecret@[::1/0.tar", "host or port is wrong"),
+        ("http://HOST/0 0.tar?token=verysecret", "401"),
+        ("http://verysecret@HOST/ü.tar?sig=very%20secret", "401"),
+    ],
+)
+def test_a_url_that_is_refused_is_one_line_without_secrets(lcm, url, message):
+    with listening(lambda request: give(request, 401)) as host, pytest.raises(SystemExit, match=message) as error:
+        lcm.check_shards([url.replace("HOST", host)], make_args(lcm))
+    text = str(error.value)
+    assert text.startswith("error: 1 of 1 shards cannot be read: http") and "\n" not in text
+    assert "very" not in text and "secret" not in text
+
+
+@pytest.mark.parametrize("words", [b"SSH-2.0-OpenSSH_9.6\r\n", b"\x15\x03\x01\0\2\2\n", b"", b"HTTP/1.1 999999 \r\n"])
+def test_a_server_that_does_not_speak_http_is_one_line(lcm, words):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def speak():
+            with contextlib.suppress(OSError):
+                while True:
+                    with server.accept()[0] as connection:
+                        connection.recv(1 << 16)
+                        connection.sendall(words)
+
+        threading.Thread(target=speak, daemon=True).start()
+        with pytest.raises(SystemExit, match=r"1 of 1 shards cannot be read: http://127.*/0.tar \(.+\)$") as error:
+            lcm.check_shards([f"http://127.0.0.1:{server.getsockname()[1]}/0.tar"], make_args(lcm))
+        server.shutdown(socket.SHUT_RDWR)
+    assert "\n" not in str(error.value) and "\r" not in str(error.value)
+
+
+def test_a_server_that_stalls_does_not_hang_the_check(lcm):
+    asked = threading.Event()
+    with listening(lambda _: asked.wait(20)) as host:
+        with pytest.raises(SystemExit, match="timed out"):
+            lcm.check_shards([f"http://{host}/{i}.tar" for i in range(8)], make_args(lcm, "--shard_timeout", 0.3))
+        asked.set()
+
+
+def test_credentials_do_not_follow_to_another_server(lcm):
+    seen = []
+    with listening(lambda request: [seen.append(request.headers["Authorization"]), give(request)]) as other:
+
+        def redirect(request):
+            request.send_response(302)
+            request.send_header("Location", f"http://{other}/0.tar")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+
+        with listening(redirect) as host:
+            assert lcm.check_url(f"http://user:verysecret@{host}/0.tar", 5) is None
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        ("http://user:very@secret@host/a.tar", "host/a.tar"),
+        ("http://user:very/secret@host/a.tar", "host/a.tar"),
+        ("http://user:very secret@host/a.tar", "host/a.tar"),
+        ("error of https://user:verysecret@host:80x/ (port '80x')", "host:80x/ (port '80x')"),
+    ],
+)
+def test_redact_knows_passwords_with_letters_that_no_url_may_hold(lcm, text, kept):
+    assert "very" not in lcm.redact(text) and "secret" not in lcm.redact(text) and kept in lcm.redact(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["https://host:8080/@user/a.tar", "https://host/a@b.tar", "http://host:80 and me@here"]
+)
+def test_redact_leaves_hosts_and_paths(lcm, text):
+    assert lcm.redact(text) == text
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
