@@ -618,10 +618,10 @@ def read_captions(sample, info):
 
 
 def check_filters(info, args):
-    """Applies the size and watermark filters to a sample's JSON. What is missing or not a number never rejects."""
+    """Applies the size and watermark filters to a sample's JSON; what is missing or not above 0 never rejects."""
     numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
     for side in ("width", "height"):
-        if (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
+        if 0 < (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
             raise BadSample("below min_image_size", f"{side} {size}")
     if (pwatermark := numbers.get("pwatermark", -math.inf)) > args.max_pwatermark:
         raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")

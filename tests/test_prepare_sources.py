@@ -107,6 +107,32 @@ def test_captions_beside_pictures_of_other_systems(tool, photos, tmp_path):
                                                    "metadata.jsonl/csv or --coco_annotations"]}  # fmt: skip
 
 
+def test_pictures_by_other_endings_and_texts_without_one(tool, photos, tmp_path):
+    folder = photos("scan.png")
+    for name in ("a.jfif", "b.JPE"):
+        (folder / name).write_bytes(jpeg())
+    for name in ("a.txt", "b.txt", "scan.txt", "scan2.txt", "sub/README.txt", "pictures.gif", "pictures.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    index = prepare(tool, tmp_path / "out", folder=folder)
+    assert captions_of(tmp_path / "out") == {"a.jfif": ["a.txt"], "b.JPE": ["b.txt"], "scan.png": ["scan.txt"]}
+    assert read_all(tmp_path / "out")["a.jfif"]["jpg"] == jpeg()
+    assert index["rejected"] == {
+        "unknown format": [1, "pictures.gif: needed: jpg, jpeg, png, webp"],
+        "no image": [3, "pictures.txt may be a caption, but there is no picture beside it"]}  # fmt: skip
+
+
+def test_sizes_in_json_that_are_none(tool, tmp_path):
+    """A width of 0 or NaN says nothing: the picture's own counts."""
+    infos = [b'{"original_width": NaN, "original_height": 0}', b'{"width": -1, "height": 1e999}', b'{"width": 30}']
+    members = [(f"{i}.{kind}", data) for i, info in enumerate(infos)
+               for kind, data in (("png", PNG), ("txt", b"a"), ("json", info))]  # fmt: skip
+    prepare(tool, tmp_path / "out", shards=[write_shard(tmp_path / "in.tar", members)])
+    sizes = [(found["info"]["original_width"], found["info"]["original_height"])
+             for found in read_all(tmp_path / "out").values()]  # fmt: skip
+    assert sizes == [(20, 16), (20, 16), (30, 16)]
+
+
 # --------------------------------------------------------------------------------------------------------- metadata
 EXPECTED = {"a.png": ["a fox, red"], "sub/b.png": ['a "cat"'], "é.png": ["füchse"]}
 ROWS = 'a.png{s}"a fox, red"\nsub{p}b.png{s}"a ""cat"""\né.png{s}füchse\n'

@@ -260,7 +260,7 @@ IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text",
 MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json", "safetensors"}  # nothing else of a shard is ever read
 # Copied from train_lcm_distill_sd_wds.py
 MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
-OTHER_FORMATS = {"gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jfif", "psd", "svg"}
+OTHER_FORMATS = {"gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2", "psd", "svg"}
 CAPTION_COLUMNS = ("text", "caption", "captions")
 BESIDE = f"needed: {', '.join(CAPTION_MEMBERS)} or json beside it, metadata.jsonl/csv or --coco_annotations"
 
@@ -571,10 +571,10 @@ def read_captions(sample, info):
 
 # Copied from train_lcm_distill_sd_wds.py
 def check_filters(info, args):
-    """Applies the size and watermark filters to a sample's JSON. What is missing or not a number never rejects."""
+    """Applies the size and watermark filters to a sample's JSON; what is missing or not above 0 never rejects."""
     numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
     for side in ("width", "height"):
-        if (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
+        if 0 < (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
             raise BadSample("below min_image_size", f"{side} {size}")
     if (pwatermark := numbers.get("pwatermark", -math.inf)) > args.max_pwatermark:
         raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
@@ -799,13 +799,19 @@ def caption_beside(root, file, texts):
     return found
 
 
+def file_kind(file):
+    """The ending of a file's name, of JPEGs by other endings (Windows saves .jfif) as shards have it."""
+    kind = file.rsplit(".", 1)[-1].lower()
+    return "jpg" if kind in ("jfif", "jpe", "pjpeg") else kind
+
+
 def list_folder(args):
     """Finds the pictures of --image_folder; returns [[path below it, captions], …], sorted, and what is rejected."""
     root, bad = Path(args.image_folder), {}
     if not root.is_dir():
         fail(f"--image_folder {root} is no folder")
     files = [file for file in walk(root, bad) if not is_own_sheet(root / file, args)]
-    listing, kinds = Listing(root, files), {file: file.rsplit(".", 1)[-1].lower() for file in files}
+    listing, kinds = Listing(root, files), {file: file_kind(file) for file in files}
     pictures = [file for file in files if kinds[file] in IMAGE_MEMBERS]
     if not pictures:
         flags = {"tar": "--train_shards_path_or_url", "parquet": "--dataset", "arrow": "--dataset"}
@@ -822,18 +828,24 @@ def list_folder(args):
     records, stems = [], {file.rsplit(".", 1)[0] for file in pictures}
     texts = {f"{file.rsplit('.', 1)[0]}.{kinds[file]}": file for file in files}  # also of a.TXT
     alike = {fold(name): file for name, file in texts.items() if file.rsplit(".", 1)[0] not in stems}
+    used = set()
     for file in pictures:
         stem = file.rsplit(".", 1)[0]
         names = [f"{stem}.{kind}" for kind in (*CAPTION_MEMBERS, "json")]
         beside = {name: texts.get(name) or alike.get(fold(name)) for name in names}
+        beside = {name: path for name, path in beside.items() if path}
+        used.update(beside.values())
         found = captions.get(file, [])
         try:
             if not found and not args.coco_annotations:
-                found = caption_beside(root, file, {name: path for name, path in beside.items() if path})
+                found = caption_beside(root, file, beside)
         except OSError as error:
             reject(bad, "no caption", f"{file}: {error}")
             continue
         records.append([file, found])
+    for file in (file for file in files if kinds[file] in ("txt", "caption") and not args.coco_annotations):
+        if file not in used:
+            reject(bad, "no image", f"{file} may be a caption, but there is no picture beside it")
     return records, bad
 
 
@@ -968,7 +980,7 @@ def open_item(item, args):
     except OSError as error:
         raise BadSample("broken image", error.strerror or first_line(error)) from error
     info = json.dumps({"captions": captions}).encode()
-    return {"__key__": file, "__needed__": BESIDE, file.rsplit(".", 1)[-1].lower(): data, "json": info}
+    return {"__key__": file, "__needed__": BESIDE, file_kind(file): data, "json": info}
 
 
 def read_sample(sample, args):
@@ -1073,6 +1085,7 @@ def upright_size(file):
 def original_size(info, size):
     """(width, height) before any resize: those of the JSON, as check_filters reads them, or else of the picture."""
     numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
+    numbers = {name: value for name, value in numbers.items() if 0 < value < math.inf}
     return [numbers.get(f"original_{side}", numbers.get(side, size[i])) for i, side in enumerate(("width", "height"))]
 
 
