@@ -200,6 +200,14 @@ def test_metadata_that_is_refused(tool, photos, tmp_path, kind, text, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_column_by_other_capitals(tool, photos, tmp_path):
+    folder = photos("a.png")
+    (folder / "metadata.csv").write_text("file_name,Text,Prompt\na.png,text,prompt\n")
+    for index, (column, caption) in enumerate({"Text": "text", "prompt": "prompt", "Prompt": "prompt"}.items()):
+        prepare(tool, tmp_path / str(index), "--caption_column", column, folder=folder)
+        assert captions_of(tmp_path / str(index)) == {"a.png": [caption]}
+
+
 def test_empty_cells_are_no_captions(tool, photos, tmp_path):
     folder = photos("a.png", "b.png", "c.png", "d.png")
     (folder / "metadata.csv").write_text('file_name,text\na.png,\nb.png\nc.png,""\nd.png,nan\n')

@@ -675,6 +675,8 @@ def read_metadata(path, column, bad):
     """Reads metadata.jsonl or metadata.csv; returns {file name as it stands there: captions}; counts in `bad`."""
     rows = list(read_jsonl(path) if path.suffix == ".jsonl" else read_csv(path))
     names = dict.fromkeys(name for _, row in rows for name in row)
+    if column not in names:  # of a header, capitals do not count
+        column = next((name for name in names if column and name.lower() == column.lower()), column)
     column = column or next((name for name in CAPTION_COLUMNS if name in names), None)
     if rows and not {"file_name", column} <= names.keys():
         wanted, has = column or "/".join(CAPTION_COLUMNS), ", ".join(map(str, names)) or "none"
@@ -1344,6 +1346,11 @@ def plan_shards(args):
     return {"jobs": [urls[start : start + size] for start in range(0, len(urls), size)], "rejected": {}}
 
 
+def unit_of(args):
+    """What the progress bar counts."""
+    return "image" if args.image_folder else "file" if args.dataset else "shard"
+
+
 def read_items(items, args, progress):
     """Yields records of a folder as they are and the samples of shards, and moves the bar."""
     for item in items:
@@ -1467,7 +1474,7 @@ def write_shards(args):
         plan = json.loads((output / "progress" / "plan.json").read_text()) if args.image_folder else plan_shards(args)
         left = [number for number in range(len(plan["jobs"])) if not record_path(args, number).exists()]
         mine = [number for number in left if number % state.num_processes == state.process_index]
-        options = {"unit": "image" if args.image_folder else "shard", "disable": not state.is_main_process,
+        options = {"unit": unit_of(args), "disable": not state.is_main_process,
                    "desc": f"one of {state.num_processes} processes" if state.num_processes > 1 else None}  # fmt: skip
         with tqdm(total=sum(len(plan["jobs"][number]) for number in mine), **options) as progress:
             if len(left) < len(plan["jobs"]) and state.is_main_process:
@@ -1531,7 +1538,7 @@ def check(args):
     """Reads the whole source (Ctrl-C: what there was so far), prints a table and draws a sheet of random pictures."""
     items, rejected = list_folder(args) if args.image_folder else (list_inputs(args), {})
     samples, drawn, rng, room = [], [], random.Random(args.seed), SHEET[0] * SHEET[1]
-    progress = tqdm(total=len(items), unit="image" if args.image_folder else "shard")
+    progress = tqdm(total=len(items), unit=unit_of(args))
     inspect = functools.partial(inspect_sample, args=args)
     with progress, contextlib.suppress(KeyboardInterrupt):
         for found in parallel(inspect, read_items(items, args, progress), args.num_threads):
