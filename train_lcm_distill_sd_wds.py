@@ -556,6 +556,8 @@ def open_image(data, use):
             return use(Image.open(io.BytesIO(strip(data)), formats=("JPEG", "PNG", "WEBP")))
         except BadSample:
             raise
+        except Image.DecompressionBombError as error:
+            raise BadSample("image too large", first_line(error)) from error
         except Exception as error:  # decoders raise almost anything on damaged data
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, Image.UnidentifiedImageError):
@@ -913,7 +915,10 @@ def expand_shards(patterns):
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
         except (OSError, ValueError) as error:
-            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {error}")
+            reason = getattr(error, "strerror", None) or redact(
+                first_line(error)
+            )  # else with the name, its secrets too
+            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {reason}")
         if is_list and any(url.startswith("pipe:") for url in found):
             fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
         urls += found

@@ -200,6 +200,24 @@ def test_metadata_that_is_refused(tool, photos, tmp_path, kind, text, message):
     assert "\n" not in str(error.value)
 
 
+def test_metadata_by_other_names(tool, photos, tmp_path):
+    folder = photos("a.png", "sub/b.png")
+    (folder / "metadata.tsv").write_text("file_name\ttext\na.png\ta fox, red\n")
+    (folder / "sub" / "Metadata.JSONL").write_text('{"file_name": "b.png", "text": "b"}')
+    (folder / "sub" / "metadata.parquet").write_bytes(b"")
+    index = prepare(tool, tmp_path / "out", folder=folder)
+    assert captions_of(tmp_path / "out") == {"a.png": ["a fox, red"], "sub/b.png": ["b"]}
+    assert index["rejected"] == {
+        "unknown format": [1, "sub/metadata.parquet: needed: metadata.jsonl or metadata.csv"]}  # fmt: skip
+
+
+def test_a_folder_in_place_of_shards_is_named(tool, tmp_path):
+    with pytest.raises(
+        SystemExit, match=f"1 of 1 shards do not exist: {tmp_path}; {tmp_path} is a folder: give its .tar"
+    ):
+        prepare(tool, tmp_path / "out", shards=[tmp_path])
+
+
 def test_a_column_by_other_capitals(tool, photos, tmp_path):
     folder = photos("a.png")
     (folder / "metadata.csv").write_text("file_name,Text,Prompt\na.png,text,prompt\n")

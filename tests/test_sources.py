@@ -169,6 +169,12 @@ def test_lists_of_shards_of_other_systems(lcm, tmp_path, encoding):
     assert lcm.expand_shards([str(tmp_path / "list.txt")]) == ["a.tar", "b c.tar", "d0.tar", "d1.tar", '"e.tar']
 
 
+def test_a_list_that_cannot_be_read_is_named_without_secrets(lcm):
+    with pytest.raises(SystemExit, match="host/list.txt cannot be read or expanded: No such file") as error:
+        lcm.expand_shards(["https://user:verysecret@host/list.txt"])
+    assert "verysecret" not in str(error.value)
+
+
 @pytest.mark.parametrize("line", ['"pipe:touch mark"', "\ufeff'pipe:touch mark'"])
 def test_quoted_commands_in_lists_are_refused(lcm, tmp_path, line):
     (tmp_path / "list.txt").write_text(line, encoding="utf-8")
@@ -412,6 +418,15 @@ def test_transparency_survives_broken_metadata(lcm):
     data = stream.getvalue()
     found = lcm.load_image(data[:33] + chunk(b"iCCP", b"x") + data[33:], 16, Image.Resampling.NEAREST)[0]
     assert set(found.getdata()) == {(255, 255, 255)}
+
+
+def test_a_decompression_bomb_is_called_large(lcm):
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    data = encode("PNG")
+    data = data[:8] + chunk(b"IHDR", header) + data[33:]
+    with pytest.raises(lcm.BadSample) as error:
+        lcm.load_image(data, 16, Image.Resampling.NEAREST)
+    assert error.value.args[0] == "image too large"
 
 
 @pytest.mark.parametrize(

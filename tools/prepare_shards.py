@@ -503,6 +503,8 @@ def open_image(data, use):
             return use(Image.open(io.BytesIO(strip(data)), formats=("JPEG", "PNG", "WEBP")))
         except BadSample:
             raise
+        except Image.DecompressionBombError as error:
+            raise BadSample("image too large", first_line(error)) from error
         except Exception as error:  # decoders raise almost anything on damaged data
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, Image.UnidentifiedImageError):
@@ -594,7 +596,10 @@ def expand_shards(patterns):
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
         except (OSError, ValueError) as error:
-            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {error}")
+            reason = getattr(error, "strerror", None) or redact(
+                first_line(error)
+            )  # else with the name, its secrets too
+            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {reason}")
         if is_list and any(url.startswith("pipe:") for url in found):
             fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
         urls += found
@@ -673,7 +678,7 @@ def read_csv(path):
 
 def read_metadata(path, column, bad):
     """Reads metadata.jsonl or metadata.csv; returns {file name as it stands there: captions}; counts in `bad`."""
-    rows = list(read_jsonl(path) if path.suffix == ".jsonl" else read_csv(path))
+    rows = list(read_jsonl(path) if path.suffix.lower() == ".jsonl" else read_csv(path))
     names = dict.fromkeys(name for _, row in rows for name in row)
     if column not in names:  # of a header, capitals do not count
         column = next((name for name in names if column and name.lower() == column.lower()), column)
@@ -783,7 +788,10 @@ def list_captions(args, listing, bad):
         for name, texts in read_coco(source, bad).items():
             captions.setdefault(listing.find(name, source="--coco_annotations"), []).extend(texts)
     for file in sorted(listing.files) if not args.coco_annotations else []:
-        if os.path.basename(file) in ("metadata.jsonl", "metadata.csv"):
+        name = os.path.basename(file).lower()
+        if name == "metadata.parquet":
+            reject(bad, "unknown format", f"{file}: needed: metadata.jsonl or metadata.csv")
+        if name in ("metadata.jsonl", "metadata.csv", "metadata.tsv"):
             for name, texts in read_metadata(Path(args.image_folder, file), args.caption_column, bad).items():
                 captions.setdefault(listing.find(name, os.path.dirname(file)), []).extend(texts)
     return captions
@@ -1342,7 +1350,9 @@ def plan_shards(args):
     is_local = {url: not url.startswith("pipe:") and "://" not in url.removeprefix("file:") for url in urls}
     missing = [url for url in urls if is_local[url] and not Path(re.sub("^file:(//)?", "", url)).is_file()]
     if missing and not args.skip_unreadable_shards:
-        fail(f"{len(missing)} of {len(urls)} shards do not exist: {', '.join(missing)}")
+        folder = next((path for path in missing if Path(path).is_dir()), None)
+        hint = f"; {folder} is a folder: give its .tar files" if folder else ""
+        fail(f"{len(missing)} of {len(urls)} shards do not exist: {', '.join(missing)}{hint}")
     return {"jobs": [urls[start : start + size] for start in range(0, len(urls), size)], "rejected": {}}
 
 
