@@ -82,6 +82,13 @@ def test_what_the_tool_left_is_no_picture(tool, photos, tmp_path, monkeypatch):
     assert set(read_all(tmp_path / "more")) == {"a.png", "b.png", "elsewhere/contact_sheet.png"}
 
 
+def test_a_file_of_flags_with_a_byte_order_mark(tool, photos, tmp_path):
+    flags = f"--image_folder {photos('a.png')}  # pictures\r\n--default_caption 'a fox' --output_dir {tmp_path}/out\r\n"
+    (tmp_path / "flags").write_text(flags, encoding="utf-8-sig")
+    run_main(tool, [f"@{tmp_path}/flags"])
+    assert captions_of(tmp_path / "out") == {"a.png": ["a fox"]}
+
+
 def test_json_beside_pictures(tool, photos, tmp_path):
     """As img2dataset's format `files` and unpacked shards have it."""
     folder = photos(*(f"{name}.png" for name in "abcde"))
@@ -97,12 +104,13 @@ def test_json_beside_pictures(tool, photos, tmp_path):
 def test_captions_beside_pictures_of_other_systems(tool, photos, tmp_path):
     """Other capitals, and accents set apart from their letters, as macOS does; never the caption of another picture."""
     decomposed, composed = (unicodedata.normalize(form, "é") for form in ("NFD", "NFC"))
-    folder = photos("IMG_1.JPG", f"{decomposed}.png", "B.png", "b.png")
-    for name in ("img_1.txt", f"{composed}.txt", "b.txt"):
+    folder = photos("IMG_1.JPG", f"{decomposed}.png", "B.png", "b.png", "22.05.png", "22.06.png")
+    for name in ("img_1.txt", f"{composed}.txt", "b.txt", "22.05.txt", "22.06.txt"):
         (folder / name).write_text(name)
     index = prepare(tool, tmp_path / "out", folder=folder)
     assert captions_of(tmp_path / "out") == {"IMG_1.JPG": ["img_1.txt"], f"{decomposed}.png": [f"{composed}.txt"],
-                                             "b.png": ["b.txt"]}  # fmt: skip
+                                             "b.png": ["b.txt"], "22.05.png": ["22.05.txt"],
+                                             "22.06.png": ["22.06.txt"]}  # fmt: skip
     assert index["rejected"] == {"no caption": [1, "B.png: needed: txt, text, caption or json beside it, "
                                                    "metadata.jsonl/csv or --coco_annotations"]}  # fmt: skip
 

@@ -190,7 +190,7 @@ def parse_args(argv=None):
         usage="%(prog)s (--image_folder DIR | --dataset PATH | --train_shards_path_or_url SHARDS) "
               "(--output_dir DIR | --check) [flags]",
     )  # fmt: skip
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line.removeprefix("\ufeff"), comments=True)
     for add_group in (add_source_args, add_picture_args, add_encode_args, add_output_args):
         add_group(parser)
     try:
