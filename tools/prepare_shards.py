@@ -25,7 +25,6 @@ everything lies in `output_dir/progress`; then the shards are numbered and `inde
 """
 
 import argparse
-import bz2
 import contextlib
 import csv
 import datetime
@@ -35,7 +34,6 @@ import hashlib
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import random
@@ -51,7 +49,6 @@ import textwrap
 import time
 import unicodedata
 import urllib.parse
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,13 +71,13 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
 # ------------------------------------------------------------------------------------------------------- arguments
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST  # which is exact in PIL
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -90,19 +87,19 @@ INDIFFERENT.add("skip_unreadable_shards")
 SECRET = {"train_shards_path_or_url", "encode"}  # flags that may hold one
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def fail(message):
     """Ends the process with one line that says what to do, instead of a traceback."""
     raise SystemExit(f"error: {message}")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def first_line(error):
     """The first line of what an exception says, or its kind where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def number(kind, low, high=math.inf):
     """An argparse type: a number within [low, high]."""
 
@@ -161,7 +158,6 @@ def add_encode_args(parser):
     add("--keep_images", action="store_true", help="keep the cropped pictures in encoded shards")
 
 
-# Variant of train_lcm_distill_sd_wds.py: other arguments
 def add_output_args(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", help="folder of the shards")
@@ -172,7 +168,7 @@ def add_output_args(parser):
     add("--contact_sheet", metavar="PNG", default="contact_sheet.png", help="picture that --check draws")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
@@ -181,7 +177,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if is_empty else super()._get_help_string(action)
 
 
-# Variant of train_lcm_distill_sd_wds.py: other arguments
 def parse_args(argv=None):
     """Reads the command line and refuses what can be known to be wrong without opening a file."""
     formatter = functools.partial(HelpFormatter, max_help_position=44, width=120)
@@ -226,7 +221,7 @@ def parse_args(argv=None):
     return args
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def redact(value):
     """Takes credentials out of shard URLs and commands before they are written anywhere."""
     if isinstance(value, list):
@@ -255,24 +250,24 @@ def public_settings(args):
 
 
 # ------------------------------------------------------------------------------------------------- reading samples
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json", "safetensors"}  # nothing else of a shard is ever read
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
 OTHER_FORMATS = {"gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2", "psd", "svg"}
 CAPTION_COLUMNS = ("text", "caption", "captions")
 BESIDE = f"needed: {', '.join(CAPTION_MEMBERS)} or json beside it, metadata.jsonl/csv or --coco_annotations"
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 class BadSample(Exception):
     """A sample that is skipped; `args` are one of FILTERS or FAULTS, and a detail for the log."""
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def kill_tree(pid):
     """Kills a process and all that it started, which would outlive it."""
     with contextlib.suppress(psutil.Error):  # it is gone, or another user's
@@ -283,7 +278,7 @@ def kill_tree(pid):
         process.kill()
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 class ShardReader:
     """Reads the process that webdataset starts for a URL or pipe; raises TimeoutError after `timeout` idle seconds."""
 
@@ -295,7 +290,8 @@ class ShardReader:
             raise TimeoutError(f"no data for {self.timeout:g} s")
         data = os.read(self.pipe.stream.fileno(), size)
         if not data and (status := self.pipe.proc.wait(self.timeout)) != 0:
-            raise OSError(f"command ended with status {status}")
+            known = {3: "no URL", 6: "no such host", 7: "refused", 22: "not found, or not allowed"}  # of curl
+            raise OSError(f"command ended with status {status}" + (f": {known[status]}" if status in known else ""))
         return data
 
     def close(self):
@@ -304,7 +300,7 @@ class ShardReader:
         self.pipe.proc.wait()
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def quote_url(url):
     """An http(s) URL as it may be sent: blanks and letters beyond ASCII encoded. Raises ValueError if it is none."""
     if not re.match("(?i)https?://", url):
@@ -315,96 +311,36 @@ def quote_url(url):
     return parts._replace(netloc=login + at + (host if host.isascii() else host.encode("idna").decode())).geturl()
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def open_shard(url, timeout):
     """Opens a shard as webdataset does: a file, or what the command for its kind of URL writes."""
     stream = gopen(quote_url(url), "rb")
     return ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream
 
 
-# Copied from train_lcm_distill_sd_wds.py
-class Unpacker:
-    """Reads a stream; unpacks it if it begins as gzip, bzip2 or xz do, also several of them one after the other."""
-
-    def __init__(self, stream):
-        self.stream, self.packed, self.member = stream, b"", None
-        while len(self.packed) < 6 and (data := stream.read(6 - len(self.packed))):
-            self.packed += data
-        kinds = {b"\x1f\x8b": functools.partial(zlib.decompressobj, 31), b"BZh": bz2.BZ2Decompressor,
-                 b"\xfd7zXZ": lzma.LZMADecompressor}  # fmt: skip
-        self.kind = next((kind for magic, kind in kinds.items() if self.packed.startswith(magic)), None)
-
-    def read(self, size):
-        while True:
-            data, self.packed = self.packed or self.stream.read(size), b""
-            if not self.kind:
-                return data
-            if self.member is None or self.member.eof:
-                data = data.lstrip(b"\0") if self.member else data  # they may be padded
-                self.member = self.kind() if data else self.member
-            elif not data:
-                raise EOFError("the compressed data ends early")
-            if not data:
-                return b""
-            found = self.member.decompress(data)
-            self.packed = self.member.unused_data if self.member.eof else b""
-            if found:
-                return found
-
-
-# Copied from train_lcm_distill_sd_wds.py
-class Header(tarfile.TarInfo):
-    """A header of a tar that is read on behind end marks. Counts these in the tar's `ends`, notes in `is_whole` whether
-    one came last, and raises OSError for a damaged header, which tarfile would pass over with all that it stands for.
-    """
-
-    @classmethod
-    def frombuf(cls, buf, encoding, errors):
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
-            if buf.strip(b"\0"):
-                raise OSError(f"no tar header where one belongs: {error}") from error
-            raise
-
-    @classmethod
-    def fromtarfile(cls, shard):
-        try:
-            header = super().fromtarfile(shard)
-            shard.is_whole = False
-            return header
-        except tarfile.EOFHeaderError:
-            shard.ends, shard.is_whole = getattr(shard, "ends", 0) + 1, True
-            raise
-
-
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def read_members(stream, url):
-    """Yields the wanted members of a tar, as webdataset does, and {} between those of tars that were joined.
+    """Yields the wanted members of a tar, as webdataset does.
 
-    Raises OSError where the last end mark is missing or something else than a tar follows one.
+    Raises OSError where the end mark is missing, or where something follows it.
     """
-    with tarfile.open(fileobj=Unpacker(stream), mode="r|", tarinfo=Header, ignore_zeros=True) as shard:
-        ends = 0
-        try:
-            for member in shard:
-                if ends != (ends := getattr(shard, "ends", 0)):
-                    yield {}
-                is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
-                if member.isreg() and not is_hidden and member.name.rsplit(".", 1)[-1].lower() in MEMBERS:
-                    is_sane = member.size <= MAX_MEMBER_BYTES and not member.issparse()
-                    data = shard.extractfile(member).read() if is_sane else b""
-                    yield {"fname": member.name, "data": data, "__url__": url}
-                shard.members = []  # tarfile would keep them all
-        except Exception:
-            if getattr(shard, "is_whole", False):  # what came before the end mark is whole, the last sample too
-                yield {}
-            raise
-        if not getattr(shard, "is_whole", False):
+    with tarfile.open(fileobj=stream, mode="r|*") as shard:
+        for member in shard:
+            is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
+            if member.isreg() and not is_hidden and member.name.rsplit(".", 1)[-1].lower() in MEMBERS:
+                is_sane = member.size <= MAX_MEMBER_BYTES and not member.issparse()
+                data = shard.extractfile(member).read() if is_sane else b""
+                yield {"fname": member.name, "data": data, "__url__": url}
+            shard.members = []  # tarfile would keep them all
+        if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
             raise OSError("the archive ends early")
+        while data := shard.fileobj.read(1 << 16):
+            if data.strip(b"\0"):
+                yield {}  # the last sample is whole
+                raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def read_shard(url, timeout, tries=3):
     """Yields the undecoded samples of a shard: dicts of member name → bytes, plus `__key__`.
 
@@ -437,57 +373,40 @@ def read_shard(url, timeout, tries=3):
     yield from faults
 
 
-# Copied from train_lcm_distill_sd_wds.py
-def strip_png(data):
-    """A PNG of its pixels, transparency and orientation alone: other chunks may be what a decoder stumbles over."""
-    kept, place, start = [data[:8]], 8, (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
-    while chunk := data[place : place + 12 + int.from_bytes(data[place : place + 4], "big")]:
-        kind, body = chunk[4:8], chunk[8:-4]
-        is_whole = zlib.crc32(kind + body) == int.from_bytes(chunk[-4:], "big")
-        fits = len(body) in {0: [2], 2: [6], 3: range(257)}.get(data[25], []) if kind == b"tRNS" else kind == b"eXIf"
-        if not kind[:1].islower() or is_whole and (fits or body.startswith(start)):  # a capital: it is needed
-            kept.append(chunk)
-        place += len(chunk)
-    return b"".join(kept)
+# Copied from the engine
+def strip_metadata(data):
+    """An image's bytes without the metadata that a decoder may stumble over, though the pixels are fine.
 
-
-# Copied from train_lcm_distill_sd_wds.py
-def strip_jpeg(data):
-    """A JPEG without comments and application segments other than whole ones of JFIF, EXIF, XMP and Adobe."""
-    kept, place, least = [data[:2]], 2, {0xE0: 18, 0xE1: 4, 0xEE: 16}
-    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] not in (b"", b"\xda"):  # until the scan
-        if data[place + 1] == 0xFF:  # which may stand between segments
-            place += 1
-            continue
-        segment = data[place : place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")]
-        is_metadata = 0xE0 <= segment[1] <= 0xEF or segment[1] == 0xFE
-        if not is_metadata or len(segment) >= least.get(segment[1], math.inf):
-            kept.append(segment)
-        place += len(segment)
-    return b"".join([*kept, data[place:]])
-
-
-# Copied from train_lcm_distill_sd_wds.py
-def strip_webp(data):
-    """A WebP without its colour profile and without chunks that are cut off."""
-    kept, place = [], 12
+    Kept are the chunks of a PNG or WebP that say how pixels are to be read, and a JPEG's JFIF, EXIF and Adobe segments.
+    """
+    kept = []
+    if data.startswith(b"\xff\xd8"):
+        place = 2
+        while data[place : place + 1] == b"\xff" and data[place + 1] != 0xDA:  # until the scan begins
+            segment = data[place : place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")]
+            is_metadata = segment[1] == 0xFE or 0xE0 <= segment[1] <= 0xEF
+            kept += [segment] if not is_metadata or segment[1] in (0xE0, 0xE1, 0xEE) else []
+            place += len(segment)
+        return b"".join([data[:2], *kept, data[place:]])
+    if data.startswith(b"\x89PNG"):
+        place, header = 8, 12  # a chunk's name, at 4, begins with a capital where no decoder may pass over it
+        while chunk := data[place : place + header + int.from_bytes(data[place : place + 4], "big")]:
+            kept += [chunk] if chunk[4:5].isupper() or chunk[4:8] in (b"tRNS", b"eXIf") else []
+            place += len(chunk)
+        return b"".join([data[:8], *kept])
+    place = 12
     while chunk := data[place : place + 8 + (int.from_bytes(data[place + 4 : place + 8], "little") + 1) // 2 * 2]:
-        is_whole = len(chunk) >= 8 + int.from_bytes(chunk[4:8], "little")
-        kept += [chunk] if is_whole and chunk[:4] != b"ICCP" else []
+        kept += [chunk] if chunk[:4] in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"EXIF") else []
         place += len(chunk)
     body = b"WEBP" + b"".join(kept)
-    return b"RIFF" + len(body).to_bytes(4, "little") + body
+    return data[:4] + len(body).to_bytes(4, "little") + body
 
 
-# Copied from train_lcm_distill_sd_wds.py
-STRIP = {b"\x89PN": strip_png, b"\xff\xd8\xff": strip_jpeg, b"RIF": strip_webp}
-
-
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF's orientation
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def read_orientation(image):
     """The orientation, 1 to 8, that the metadata of an image tell: 1 where they do not or cannot be read."""
     try:
@@ -497,10 +416,10 @@ def read_orientation(image):
     return found if found in range(1, 9) else 1
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def open_image(data, use):
     """Returns what `use` makes of an opened image; where that fails, of the same without metadata. Raises BadSample."""
-    for strip in (bytes, STRIP.get(data[:3], bytes)):
+    for strip in (bytes, strip_metadata):
         try:
             return use(Image.open(io.BytesIO(strip(data)), formats=("JPEG", "PNG", "WEBP")))
         except BadSample:
@@ -510,11 +429,11 @@ def open_image(data, use):
         except Exception as error:  # decoders raise almost anything on damaged data
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, Image.UnidentifiedImageError):
-                reason = f"no JPEG, PNG or WebP that can be read, it begins with {data[:8]!r}" if data else "no bytes"
+                reason = f"no JPEG, PNG or WebP that can be read, it begins with {data[:8]!r}"
     raise BadSample("broken image", reason)
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def to_rgb(image):
     """Converts every PIL mode to RGB: 16-bit grey scaled, transparency over white, CMYK and palettes resolved."""
     if image.mode.startswith(("I", "F")):
@@ -525,7 +444,7 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def load_image(data, resolution, resample):
     """Decodes image bytes, upright and in RGB, so that the shorter side has `resolution` pixels.
 
@@ -548,13 +467,13 @@ def load_image(data, resolution, resample):
     return image if image.size == resized else image.resize(resized, resample), size
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def decode_text(data):
     """Text of bytes in UTF-8, or in UTF-16 where they begin as it does; what is neither becomes U+FFFD."""
     return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def caption_texts(value):
     """The captions that a value of JSON holds: a text, a number or a list of them. null, NaN, true, {} … are none."""
     found = []
@@ -564,7 +483,7 @@ def caption_texts(value):
     return found
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def read_captions(sample, info):
     """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
     captions = [decode_text(sample[name]) for name in CAPTION_MEMBERS if name in sample]
@@ -573,7 +492,7 @@ def read_captions(sample, info):
     return [caption.encode("utf-8", "replace").decode().strip() for caption in captions]  # no lone surrogates
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def check_filters(info, args):
     """Applies the size and watermark filters to a sample's JSON; what is missing or not above 0 never rejects."""
     numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
@@ -584,7 +503,7 @@ def check_filters(info, args):
         raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def expand_shards(patterns):
     """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
     urls = []
@@ -598,9 +517,7 @@ def expand_shards(patterns):
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or redact(
-                first_line(error)
-            )  # else with the name, its secrets too
+            reason = getattr(error, "strerror", None) or redact(first_line(error))  # strerror is without the path
             fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {reason}")
         if is_list and any(url.startswith("pipe:") for url in found):
             fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
@@ -608,7 +525,7 @@ def expand_shards(patterns):
     return urls or fail("--train_shards_path_or_url names no shard")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def describe_lack(sample, wanted):
     """What a sample needs and what it has, for messages, and by which rule of shards it may have come to that."""
     found = sorted(name for name in sample if not name.startswith("__"))
@@ -1604,7 +1521,6 @@ def print_samples(samples, args):
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-# Variant of train_lcm_distill_sd_wds.py: another task
 def main(argv=None):
     args = parse_args(argv)
     try:
