@@ -340,7 +340,7 @@ def test_odd_metadata_break_no_picture_and_what_is_none_is_named(tool, photos, t
     run_main(tool, [*flags, "--output_dir", tmp_path / "out"])
     out = capsys.readouterr().out
     assert f"usable: {len(ROTATED)}, rejected: 2" in out and "BytesIO" not in out
-    assert "broken image" in out and ("it begins with b'GIF89a" in out or "empty.jpg: no bytes" in out)
+    assert "broken image" in out and "it begins with b'" in out
     if "--check" not in flags:
         height, width = PIXELS.shape[:2]
         for sample in read_all(tmp_path / "out").values():
