@@ -2371,7 +2371,7 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@",
         usage="%(prog)s --pretrained_teacher_model MODEL --train_shards_path_or_url SHARDS [flags] [@file-with-flags]",
     )  # fmt: skip
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line.removeprefix("\ufeff"), comments=True)
     parser.set_defaults(unet_time_cond_proj_dim=None, from_scratch=False, dropout=None)  # if a method has no such flag
     groups = add_model_args, add_lora_args, add_data_args, add_method_args, add_training_args, add_output_args
     for add_group in groups:

@@ -120,11 +120,12 @@ def test_commands_run_as_printed(page, workplace, monkeypatch):
         if script.startswith("tools/"):
             tool = load_script(ROOT / script)
             with contextlib.redirect_stdout(io.StringIO()):
-                tool.main([*flags, *(["--samples_per_shard", "3"] if "--output_dir" in flags else [])])
+                tool.main(["--bucket_step", "2", "--samples_per_shard", "3", *flags])
         else:
             needed = ["--pretrained_teacher_model", teachers["sd"]] * ("teachers" not in flags)
             needed += ["--train_shards_path_or_url", "cc12m/{00000..00001}.tar", "--max_train_steps", "2"]
-            flags = [*needed, "--resolution", "16", "--train_batch_size", "2", *flags, "--report_to", "none",
+            needed += ["--output_dir", f"run-{ran}", "--resolution", "16", "--train_batch_size", "2"]
+            flags = [*needed, *flags, "--report_to", "none",
                      "--dataloader_num_workers", "0", "--validation_steps", "0", "--logging_steps", "1"]  # fmt: skip
             run_main(get_script(Path(script).stem), flags)
         ran += 1
@@ -163,7 +164,7 @@ def test_flags_in_text_exist():
     known = set()
     for path in [*ROOT.glob("train_*.py"), *ROOT.glob("*/*.py")]:
         known |= set(re.findall(r"[\"'](--\w+)[\"']", path.read_text()))
-    foreign = {"--concatenate", "--sort", "--cpu", "--num_processes", "--config_file", "--requirement", "--no"}
+    foreign = "--concatenate --dataset_name --sort --cpu --num_processes --config_file --requirement --no".split()
     for page in PAGES:
         text = re.sub(r"img2dataset .*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
         for flag in re.findall(r"(?<![\w-])--\w+", text):
