@@ -685,7 +685,7 @@ def test_a_stalled_pipe_times_out(lcm, naps, shard):
 def test_a_stalled_pipe_is_told_at_the_start(lcm):
     start = time.perf_counter()
     with pytest.raises(SystemExit, match="no data for 1 s"):
-        lcm.check_shards(["pipe:exec sleep 30"], make_args(lcm, "--shard_timeout", 1))
+        lcm.check_shards(["pipe:exec sleep 30"], make_args(lcm, "--shard_timeout", 1), {})
     assert time.perf_counter() - start < 5
 
 
@@ -715,7 +715,7 @@ def server(tmp_path):
 def test_shards_over_http(lcm, server, tmp_path):
     make_shards(tmp_path, [5, 6])
     urls = lcm.expand_shards([f"{server}/{{00000..00001}}.tar"])
-    lcm.check_shards(urls, make_args(lcm))
+    lcm.check_shards(urls, make_args(lcm), {})
     assert Counter(Fleet(lcm, urls, 1, 0, "--train_batch_size", 1).captions_before(1)) == Counter(numbers(11))
 
 
@@ -725,7 +725,7 @@ def test_a_shard_missing_on_the_server_is_named_at_the_start_and_counted_later(l
     with pytest.raises(
         SystemExit, match=r"1 of 2 shards cannot be read: http://127.0.0.1:\d+/00001.tar \(.*404"
     ) as error:
-        lcm.check_shards(lcm.expand_shards([f"{server}/{{00000..00001}}.tar"]), make_args(lcm))
+        lcm.check_shards(lcm.expand_shards([f"{server}/{{00000..00001}}.tar"]), make_args(lcm), {})
     assert "\n" not in str(error.value)
     assert outcome(lcm, f"{server}/00001.tar") == ([], {"unreadable shard": 1}) and naps == [1, 2]
 
@@ -735,7 +735,7 @@ def test_a_server_that_cannot_be_reached_is_named_without_its_credentials(lcm):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(SystemExit, match=f"1 of 1 shards cannot be read: .*127.0.0.1:{port}/0.tar") as error:
-        lcm.check_shards([f"http://127.0.0.1:{port}/0.tar?token=abcdef"], make_args(lcm))
+        lcm.check_shards([f"http://127.0.0.1:{port}/0.tar?token=abcdef"], make_args(lcm), {})
     assert "\n" not in str(error.value) and "abcdef" not in str(error.value)
 
 
@@ -788,7 +788,7 @@ def test_all_missing_shards_are_named_in_one_line(lcm, tmp_path):
     make_shards(tmp_path, [2, 2])
     urls = lcm.expand_shards([str(tmp_path / "{00000..00003}.tar")])
     with pytest.raises(SystemExit, match="2 of 4 shards cannot be read: .*00002.tar.*00003.tar") as error:
-        lcm.check_shards(urls, make_args(lcm))
+        lcm.check_shards(urls, make_args(lcm), {})
     assert "\n" not in str(error.value) and "00001.tar" not in str(error.value)
 
 
@@ -805,13 +805,13 @@ def test_all_missing_shards_are_named_in_one_line(lcm, tmp_path):
 def test_a_first_shard_without_usable_samples_says_what_it_holds(lcm, tmp_path, members, message):
     shard = write_shard(tmp_path / "0.tar", members)
     with pytest.raises(SystemExit, match=f"first shard .*0.tar holds no usable sample: .*{message}") as error:
-        lcm.check_shards([shard], make_args(lcm))
+        lcm.check_shards([shard], make_args(lcm), {})
     assert "\n" not in str(error.value)
 
 
 def test_a_first_shard_with_one_usable_sample_is_enough(lcm, tmp_path):
     members = [("0.png", b"?"), ("0.txt", b"a"), ("1.png", PNG), ("1.txt", b"a")]
-    lcm.check_shards([write_shard(tmp_path / "0.tar", members)], make_args(lcm))
+    lcm.check_shards([write_shard(tmp_path / "0.tar", members)], make_args(lcm), {})
 
 
 def test_images_of_local_shards_are_counted(lcm, urls):
