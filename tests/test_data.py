@@ -224,7 +224,7 @@ MORE_FLAGS = [pytest.param((), id="as they are"), pytest.param(FLIP, id="mirrore
 
 @over(FAMILIES, "flags", {LCM: FLAGS + MORE_FLAGS, LCM_XL: FLAGS})
 def test_losses_on_encoded_shards_are_those_on_plain_ones(script, case, begin, pack, flags):
-    """In float32, to a relative 1e-4: the tool and the scripts encode in batches of other sizes."""
+    """In float32, to a relative 1e-3: the tool and the scripts encode in batches of other sizes."""
     losses, captions = {}, {}
     for name in ("plain", "squares"):
         run = begin(pack(name, case), "--center_crop", *flags)
@@ -233,7 +233,7 @@ def test_losses_on_encoded_shards_are_those_on_plain_ones(script, case, begin, p
         assert run.args.encoded_shards == (name == "squares")
         assert all(("mean" in batch) == (name == "squares") for batch in batches)
     assert captions["plain"] == captions["squares"] and ("" in sum(captions["plain"], [])) == (EMPTY[0] in flags)
-    assert losses["squares"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["squares"] == pytest.approx(losses["plain"], rel=1e-3)
     assert len(set(losses["plain"])) == 3
 
 
@@ -258,7 +258,7 @@ def test_losses_of_the_demo_on_encoded_shards_are_those_on_plain_ones(script, to
                     teacher=str(teacher))  # fmt: skip
         losses[name] = take_steps(script, run)
     assert captions["plain"] == captions["encoded"] and len(captions["plain"]) == 8
-    assert losses["encoded"] == pytest.approx(losses["plain"], rel=1e-4) and len(set(losses["plain"])) == 3
+    assert losses["encoded"] == pytest.approx(losses["plain"], rel=1e-3) and len(set(losses["plain"])) == 3
 
 
 @over(FAMILIES)
@@ -266,7 +266,7 @@ def test_losses_of_the_demo_on_encoded_shards_are_those_on_plain_ones(script, to
 def test_kept_pictures_of_encoded_buckets_train_as_their_latents_do(script, case, begin, mix, flags):
     found = {flag: take_steps(script, begin(mix("encoded buckets", case), flag, *flags))
              for flag in ("--encoded_shards", "--no-encoded_shards")}  # fmt: skip
-    assert found["--no-encoded_shards"] == pytest.approx(found["--encoded_shards"], rel=1e-4)
+    assert found["--no-encoded_shards"] == pytest.approx(found["--encoded_shards"], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------ captions, empty prompts
