@@ -246,6 +246,7 @@ def test_older_checkpoint_by_name_outlives_the_newer(train, straight, tmp_path):
     flags = ["--max_train_steps", "3", "--checkpoints_total_limit", "1"]
     train(output, *flags, "--resume_from_checkpoint", "checkpoint-2")
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert [path.name for path in (output / "set-aside-1").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 @over([LCM_XL_LORA, "train_ct"])
