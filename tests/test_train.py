@@ -44,7 +44,8 @@ from conftest import (
 from diffusers import DDPMScheduler
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 
 def run_and_kill(run, seconds=120):
@@ -582,6 +583,19 @@ def test_the_script_alone_writes_the_same_bytes(case, script, teacher, shards, t
     assert exports[0].keys() == exports[1].keys()
     assert [name for name in exports[0] if exports[0][name] != exports[1][name]] == []
     assert sum(name.endswith(".safetensors") for name in exports[0]) == 3
+
+
+def test_metadata_have_one_order(lcm, tmp_path):
+    """safetensors writes them in an order that changes from call to call."""
+    found, path = set(), tmp_path / "file.safetensors"
+    for _ in range(20):
+        save_file({"ä": torch.ones(3), "b": torch.arange(5)}, path, {letter: f'"{letter}"\n' for letter in "cabé"})
+        lcm.sort_metadata(path)
+        found.add(path.read_bytes())
+    assert len(found) == 1
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {letter: f'"{letter}"\n' for letter in "cabé"}
+        assert file.get_tensor("ä").tolist() == [1, 1, 1] and file.get_tensor("b").tolist() == [0, 1, 2, 3, 4]
 
 
 def test_help_and_a_refusal_are_all_that_is_printed(tiny, shards, tmp_path):
