@@ -1,6 +1,7 @@
 """The shard stream: order, exact and elastic resume, what becomes of odd and hostile samples, start-up errors."""
 
 import contextlib
+import copy
 import functools
 import http.server
 import io
@@ -31,8 +32,13 @@ COUNT = 21  # samples in the `shards` fixture: 7 + 5 + 9
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="webdataset opens http URLs with curl")
 
 
+@functools.cache
+def parse(lcm, *flags):
+    return lcm.parse_args(tiny_args("teacher", "shards", "output", *flags))
+
+
 def make_args(lcm, *flags):
-    return lcm.parse_args(tiny_args("teacher", "shards", "output", *map(str, flags)))
+    return copy.copy(parse(lcm, *map(str, flags)))
 
 
 @pytest.fixture(scope="session")
@@ -185,9 +191,9 @@ def test_resume_is_exact_in_batches_that_cross_shards_and_twice_in_a_row(lcm, ur
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_elastic_resume_repeats_and_loses_no_sample(lcm, urls, batch):
-    """From every position to other numbers of workers, and from there once more: each sample twice in two epochs."""
+    """From several positions to other numbers of workers, and from there once more: each sample twice in two epochs."""
     for first, second, third in [(1, 2, 1), (2, 1, 3), (3, 5, 2), (2, 3, 2), (5, 2, 4)]:
-        for position, later in itertools.product(range(1, 9), (0, 2)):
+        for position, later in itertools.product((1, 3, 4, 7), (0, 2)):
             used, state = [], None
             for world, steps in [(first, position), (second, later)]:
                 fleet = Fleet(lcm, urls, world, 0, "--train_batch_size", batch, state=state)
