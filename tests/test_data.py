@@ -843,7 +843,8 @@ over_sdxl = over([LCM_XL])
 
 
 def sdxl_fleet(script, teacher, folder, *flags):
-    return Fleet(script, urls_of(folder), 1, 0, "--pretrained_teacher_model", teacher, *flags)
+    flags = ("--pretrained_teacher_model", teacher, *flags)
+    return Fleet(script, urls_of(folder), 1, 0, *flags, shapes={"time_ids": (6,)})
 
 
 @over_sdxl

@@ -49,9 +49,9 @@ def urls(lcm, shards):
 class Fleet:
     """The readers of all ranks of a run, in one process, and its state as save_checkpoint writes it."""
 
-    def __init__(self, lcm, urls, world=1, workers=0, *flags, state=None):
+    def __init__(self, lcm, urls, world=1, workers=0, *flags, state=None, shapes=None):
         self.lcm, args = lcm, make_args(lcm, "--dataloader_num_workers", workers, *flags)
-        streams = [lcm.ShardStream(urls, args, rank, world, state) for rank in range(world)]
+        streams = [lcm.ShardStream(urls, args, rank, world, state, shapes) for rank in range(world)]
         self.readers = [lcm.BatchReader(stream, torch.device("cpu")) for stream in streams]
 
     def step(self):
