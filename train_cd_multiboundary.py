@@ -1824,6 +1824,17 @@ def export(run):
     return ["model_index.json", "unet_online/*", *(f"{name}/*" for name in parts)]
 
 
+def sort_metadata(path):
+    """Sorts the metadata of a safetensors file, which has them in any order: equal exports are equal bytes."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors that follow are aligned
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
 def export_lora(run):
     """Writes the EMA adapter for diffusers and for ComfyUI / A1111, the online one, and the scheduler; with
     --export_fused a whole pipeline too. Returns what to upload.
@@ -1836,6 +1847,7 @@ def export_lora(run):
     for name, file in files.items():
         pipeline.save_lora_weights(output, network_state(models, name), weight_name=file,
                                    unet_lora_adapter_metadata=metadata)  # fmt: skip
+        sort_metadata(output / file)
     tensors = {f"unet.{key}": value for key, value in network_state(models, "target").items()}
     alphas = {f"lora_unet_{name.replace('.', '_')}.alpha": float(layer.lora_alpha["default"])
               for name, layer in models.student.named_modules() if isinstance(layer, BaseTunerLayer)}  # fmt: skip
