@@ -596,7 +596,7 @@ def check_teacher(args):
     """
     path, source = hub_source(args)
     try:
-        parts = diffusers.DiffusionPipeline.load_config(path, **source)
+        parts = {**diffusers.DiffusionPipeline.load_config(path, **source)}  # which may be of any kind
         scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **source)
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", **source) if "unet" in parts else None
     except (OSError, ValueError, AttributeError, TypeError) as error:
