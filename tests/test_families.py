@@ -36,11 +36,13 @@ def flags(case, teacher, shards):
     """flags(output, *more): three steps that move a student far."""
     eta = ["--validation_eta", "0.3"] if case.name in (TCD, TCD_LORA) else []
 
+    rate = "3e-2" if case.is_lora else "1e-2"
+    quick = ("--num_ddim_timesteps 20 --validation_num_inference_steps 4 --num_validation_images 1 --max_train_steps 3 "
+             f"--checkpointing_steps 2 --learning_rate {rate}").split()  # fmt: skip
+
     def make(output, *more):
-        return tiny_args(teacher, shards, output, "--max_train_steps", "3", "--learning_rate",
-                         "3e-2" if case.is_lora else "1e-2", "--checkpointing_steps", "2", "--num_ddim_timesteps", "20", "--validation_num_inference_steps",
-                         "4", "--num_validation_images", "1", "--validation_prompts", "a fox", "a cat",
-                         *case.flags, *eta, *MORE.get(case, []), *more)  # fmt: skip
+        return tiny_args(teacher, shards, output, *quick, "--validation_prompts", "a fox", "a cat", *case.flags, *eta,
+                         *MORE.get(case, []), *more)  # fmt: skip
 
     return make
 
