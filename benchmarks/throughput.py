@@ -89,7 +89,7 @@ class Stages:
     def hook_script(self, script):
         """Hooks what can be hooked before the run; the batches of the FLOP count are cut down to one image."""
         reader, names = find(script, "BatchReader"), {}
-        self.names = names
+        self.names, self.has_teacher = names, find(script, "METHOD").has_teacher
         undo = [self.hook(script, attribute, name) for attribute, name in
                 {"encode_images": "VAE", "encode_prompts": "text", "guided_prediction": "teacher",
                  "log_metrics": "logging", "update_target": "EMA"}.items()]  # fmt: skip
@@ -182,7 +182,9 @@ class Probe:
         seconds = {name: stages.totals[name] / steps for name in (*NETWORKS, *OVERHEAD)}
         seconds["rest"] = total / steps - sum(seconds.values())
         unused = {"logging", *(("text", "VAE") if options.encoded else ())}
-        unused |= set() if "teacher" in run.nets else {"teacher", "EMA"}  # consistency training
+        unused |= {
+            name for name, is_used in {"teacher": stages.has_teacher, "EMA": run.args.ema_decay}.items() if not is_used
+        }
         if missing := [name for name, value in seconds.items() if value == 0 and name not in unused]:
             raise SystemExit(f"error: {', '.join(missing)} took no time: the script no longer calls what "
                              "throughput.py hooks for it")  # fmt: skip
@@ -190,7 +192,7 @@ class Probe:
         result |= {"profiled_s_per_step": total / steps, "stages_s": seconds,
                    "shares": {name: value * steps / total for name, value in seconds.items()}}  # fmt: skip
         result["overhead_share"] = sum(result["shares"][name] for name in OVERHEAD)
-        nets = {"student": run.nets["student"].unet, "text encoder": run.models.text_encoder, "VAE": run.models.vae}
+        nets = {"student": run.nets["student"].unet, "text encoder": run.models.text_encoders, "VAE": run.models.vae}
         result["parameters_m"] = {k: sum(p.numel() for p in net.parameters()) / 1e6 for k, net in nets.items()}
         precision = run.args.mixed_precision
         if is_cuda:

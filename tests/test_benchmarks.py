@@ -108,12 +108,12 @@ def test_baseline_has_the_scripts_loss(flags, lcm, tmp_path):
         plain = Baseline(run.args, run.accelerator.device)
         batch = run.reader.next_batch()
         x_0, c = plain.encode_images(batch["pixel_values"]), plain.encode_prompts(batch["captions"])
-        torch.testing.assert_close(c, lcm.encode_prompts(run.models, batch["captions"]))
+        torch.testing.assert_close(c, lcm.encode_prompts(run.models, batch["captions"])["text"])
         eps, index, w = torch.randn_like(x_0), torch.tensor([0, 33]), torch.tensor([6.0, 11.0])
         losses.append(plain.loss(x_0, c, eps, index, w))
         draws = lcm.Draws(eps, index, w)
-        losses.append(lcm.distillation_loss(**run.nets, schedule=run.models.schedule, x_0=x_0, c=c, uncond=run.uncond,
-                                            draws=draws, args=run.args))  # fmt: skip
+        losses.append(lcm.consistency_loss(**run.nets, schedule=run.models.schedule, x_0=x_0, c={"text": c},
+                                           uncond=run.uncond, draws=draws, args=run.args).mean())  # fmt: skip
         raise common.Finished
 
     options, rest = throughput.parse_args(flags)
