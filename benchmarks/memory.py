@@ -199,7 +199,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class StageBytes(Stages):
-    """The stages of throughput.py, but of each the most bytes alive in it and those alive when it began."""
+    """The stages of throughput.py, but of each the most bytes alive in it, those alive when it began, and the FLOPs."""
 
     def __init__(self, live):
         super().__init__()
@@ -212,9 +212,12 @@ class StageBytes(Stages):
             return
         self.is_inside, before, self.live.peak = True, self.live.peak, self.live.live[NAME]
         self.begins[name] = max(self.begins[name], self.live.peak)
+        flops = self.counter.get_total_flops if self.counter else int
+        start = flops()
         try:
             yield
         finally:
+            self.totals[name] += flops() - start
             self.peaks[name] = max(self.peaks[name], self.live.peak)
             self.is_inside, self.live.peak = False, max(before, self.live.peak)
 
@@ -224,7 +227,7 @@ class Count:
 
     def __init__(self, options, stages):
         self.options, self.stages, self.live = options, stages, stages.live
-        self.rows, self.models, self.waits = [], {}, []
+        self.rows, self.models, self.waits, self.flops = [], {}, [], None
 
     def count_baseline(self, run, make_batch):
         """Adds to every row what baseline.py, a plain loop over the same networks, has alive at most."""
@@ -268,6 +271,9 @@ class Count:
                               "reads": {**live.reads}})  # fmt: skip
         if self.options.compare_baseline:
             self.count_baseline(run, make_batch)
+        if self.options.flops:
+            size = 1
+            self.flops = stages.count_flops(train_step, run)
         raise Finished
 
 
@@ -353,7 +359,7 @@ def replacements(script, live, stack, options, flags):
 
 
 def format_table(result):
-    """Bytes as GiB: what stays, the peak, and the peak of each stage, a line for each batch size."""
+    """Bytes as GiB: what stays, the peak, and the peak of each stage, a line for each batch size. FLOPs as TFLOP."""
     names = [name for name in STAGES if any(name in row["peaks"] for row in result["rows"])]
     lines = [f"{'batch':>6}{'stays':>9}{'peak':>9}  in" + "".join(f"{name:>17}" for name in names)]
     for row in result["rows"]:
@@ -361,8 +367,11 @@ def format_table(result):
         cells = [f"{cell / 2**30:.2f}" for cell in cells]
         lines.append(f"{row['batch_size']:6}{cells[0]:>9}{cells[1]:>9}    " + "".join(f"{c:>17}" for c in cells[2:]))
     lines += format_models(result["models"])
-    lines.append(f"GiB, {result['scale']}, {result['mixed_precision']} {' '.join([*result['ddp'] * ['--ddp'], *result['flags']])}; counted on tensors "
-                 "without contents, not measured on a device")  # fmt: skip
+    flags = " ".join([*result["ddp"] * ["--ddp"], *result["flags"]])
+    lines.append(f"GiB, {result['scale']}, {result['mixed_precision']} {flags}; counted on tensors without contents, "
+                 "not measured on a device")  # fmt: skip
+    if flops := result["flops_per_image"]:
+        lines.append("TFLOP an image: " + ", ".join(f"{name} {count / 1e12:.4g}" for name, count in flops.items()))
     lines += ["WAITS for the device or mixes devices: " + " < ".join(frames) for frames in result["waits"]]
     for row in result["rows"]:
         if plain := row.get("baseline"):
@@ -383,6 +392,7 @@ def main(argv=None):
     parser.set_defaults(batch_size=1)  # of the one that is read and repeated
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--compare_baseline", action="store_true", help="also the plain loop of baseline.py (LCM)")
+    parser.add_argument("--flops", action="store_true", help="also the FLOPs an image of each network")
     parser.add_argument("--ddp", action="store_true", help="with the gradients' buckets of a run on several GPUs")
     parser.add_argument("--json", help="where to write the numbers, and beside them the table as .md")
     options, flags = parser.parse_known_args(argv)
@@ -402,8 +412,8 @@ def main(argv=None):
             stack.callback(undo)
         run_script(script, [*arguments, "--dataloader_num_workers", 0, *flags], count)
     result = {**describe(options.script), "script": Path(options.script).name, "scale": options.scale,
-              "mixed_precision": options.mixed_precision, "ddp": options.ddp, "flags": flags, "models": count.models, "rows": count.rows,
-              "waits": count.waits}  # fmt: skip
+              "mixed_precision": options.mixed_precision, "ddp": options.ddp, "flags": flags, "models": count.models,
+              "rows": count.rows, "waits": count.waits, "flops_per_image": count.flops}  # fmt: skip
     write_result(options.json, result, format_table(result))
     return result
 
