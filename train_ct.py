@@ -37,8 +37,10 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -57,7 +59,7 @@ import tarfile
 import tempfile
 import textwrap
 import time
-import urllib.request
+import urllib.parse
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +75,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 from diffusers import (
     AutoencoderKL,
     BitsAndBytesConfig,
@@ -404,7 +414,7 @@ def first_line(error):
 
 
 # ----------------------------------------------------------------------------------------------- a step and the loop
-COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
+COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row", "skipped_steps")
 
 
 @dataclasses.dataclass
@@ -423,7 +433,9 @@ class Run:
     step: int = 0
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
+    skipped_steps: int = 0  # by the gradient scaler of fp16
     stop_signal: int = 0
+    host_group: object = None  # of all ranks, over gloo: cards that wait in it do not spin
     history: list = dataclasses.field(default_factory=list)  # (loss, grad_norm) of the steps since the last log
     references: dict = dataclasses.field(default_factory=dict)  # by size: Sampler and pictures of validate_size
 
@@ -467,6 +479,7 @@ def optimizer_step(run, grad_norm):
         optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
     if optimizer.defaults.get("fused") or has_scaler or not is_bad:
         run.optimizer.step()
+    run.skipped_steps += has_scaler and run.optimizer.step_was_skipped
     run.optimizer.zero_grad()
     run.lr_scheduler.step()
 
@@ -486,7 +499,6 @@ def update_target(models, args):
 def train(run):
     """The loop: steps, logs, checkpoints and validations until --max_train_steps or a signal."""
     args, accelerator = run.args, run.accelerator
-    host_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     progress = tqdm(total=args.max_train_steps, initial=run.step, disable=not accelerator.is_local_main_process,
                     desc="Steps", unit="step", dynamic_ncols=True)  # fmt: skip
     if args.validation_steps and run.step == 0:
@@ -500,8 +512,8 @@ def train(run):
         if run.step % args.logging_steps == 0 or is_last:
             log_metrics(run, clock, progress)
         stop = torch.tensor(run.stop_signal)
-        if host_group:  # the ranks agree on the host, so that the device need not be waited for
-            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=host_group)
+        if run.host_group:  # the ranks agree on the host, so that the device need not be waited for
+            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=run.host_group)
         paused = time.perf_counter()
         if stop or (args.checkpointing_steps and (run.step % args.checkpointing_steps == 0 or is_last)):
             save_checkpoint(run)
@@ -513,6 +525,12 @@ def train(run):
             validate(run)
         clock["time"] += time.perf_counter() - paused
     progress.close()
+
+
+def wait_for_all(run):
+    """Waits for all ranks, on the host."""
+    if run.host_group:
+        torch.distributed.barrier(group=run.host_group)
 
 
 def handle_signals(run):
@@ -684,7 +702,7 @@ def check_teacher(args):
     """
     path, source = hub_source(args)
     try:
-        parts = diffusers.DiffusionPipeline.load_config(path, **source)
+        parts = {**diffusers.DiffusionPipeline.load_config(path, **source)}  # which may be of any kind
         scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **source)
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", **source) if "unet" in parts else None
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -869,14 +887,15 @@ def check_latents(args, vae, unet):
 
 def tune_unet(unet, args, device, has_adapters):
     """Applies the flags that make a U-Net faster or smaller."""
-    if device.type != "cpu":
+    if device.type != "cpu" and args.half_precision_norms:
         keep_norms_in_half(unet)
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if args.compile and has_adapters and device.type == "cpu":  # with frozen weights inductor's fused attention gets
         unet.set_attn_processor(AttnProcessor())  # wrong gradients there (torch 2.13)
     if args.compile:
-        unet.compile()
+        # student and teacher share code: without this, their different batches would make all sizes dynamic
+        unet.compile(dynamic=None if args.bucketed_shards else False)
 
 
 def load_models(args, teacher, accelerator):
@@ -1091,7 +1110,8 @@ def redact(value):
         return [redact(item) for item in value]
     if not isinstance(value, str):
         return value
-    value = re.sub(r"(?<=://)[^/@\s]+@|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
+    login = r"[^/\s]+@|[^/\s:@]*:(?!\d*(?:[/\s]|$))[^@'\"]*@"  # the latter: passwords with what no URL may hold
+    value = re.sub(rf"(?<=://)(?:{login})|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
     secret = r"\w*(?:token|secret|key|passw|auth|sig|credential|jwt)\w*"
     value = re.sub(rf"(?i)({secret}\s*[:= ]\s*)(?:(?:bearer|basic)\s+)?[^\s&'\"]+", r"\1…", value)
     return re.sub(r"hf_\w{8,}", "…", value)
@@ -1118,7 +1138,8 @@ class ShardReader:
             raise TimeoutError(f"no data for {self.timeout:g} s")
         data = os.read(self.pipe.stream.fileno(), size)
         if not data and (status := self.pipe.proc.wait(self.timeout)) != 0:
-            raise OSError(f"command ended with status {status}")
+            known = {3: "no URL", 6: "no such host", 7: "refused", 22: "not found, or not allowed"}  # of curl
+            raise OSError(f"command ended with status {status}" + (f": {known[status]}" if status in known else ""))
         return data
 
     def close(self):
@@ -1127,8 +1148,27 @@ class ShardReader:
         self.pipe.proc.wait()
 
 
+def quote_url(url):
+    """An http(s) URL as it may be sent: blanks and letters beyond ASCII encoded. Raises ValueError if it is none."""
+    if not re.match("(?i)https?://", url):
+        return url
+    parts = urllib.parse.urlsplit(urllib.parse.quote(url, safe="".join(map(chr, range(33, 127)))))
+    login, at, host = parts.netloc.rpartition("@")
+    host = urllib.parse.unquote(host) if "%" in host else host
+    return parts._replace(netloc=login + at + (host if host.isascii() else host.encode("idna").decode())).geturl()
+
+
+def open_shard(url, timeout):
+    """Opens a shard as webdataset does: a file, or what the command for its kind of URL writes."""
+    stream = gopen(quote_url(url), "rb")
+    return ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream
+
+
 def read_members(stream, url):
-    """Yields the wanted members of a tar, as webdataset does; raises OSError where the end mark is missing."""
+    """Yields the wanted members of a tar, as webdataset does.
+
+    Raises OSError where the end mark is missing, or where something follows it.
+    """
     with tarfile.open(fileobj=stream, mode="r|*") as shard:
         for member in shard:
             is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
@@ -1139,6 +1179,10 @@ def read_members(stream, url):
             shard.members = []  # tarfile would keep them all
         if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
             raise OSError("the archive ends early")
+        while data := shard.fileobj.read(1 << 16):
+            if data.strip(b"\0"):
+                yield {}  # the last sample is whole
+                raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
 
 
 def read_shard(url, timeout, tries=3):
@@ -1157,8 +1201,7 @@ def read_shard(url, timeout, tries=3):
     for attempt in range(tries):
         faults.clear()  # a second reading meets them again
         try:
-            stream = gopen(url, "rb")
-            with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
+            with contextlib.closing(open_shard(url, timeout)) as stream:
                 for index, sample in enumerate(group_by_keys(read_members(stream, url), handler=note_duplicate)):
                     if index == done:
                         done += 1
@@ -1170,7 +1213,7 @@ def read_shard(url, timeout, tries=3):
             if attempt + 1 < tries:
                 time.sleep(2**attempt)
             else:
-                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(str(error)))})
+                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(first_line(error)))})
     yield from faults
 
 
@@ -1185,6 +1228,62 @@ def shuffled(samples, size, rng):
             yield buffer.pop()
     rng.shuffle(buffer)
     yield from buffer
+
+
+def strip_metadata(data):
+    """An image's bytes without the metadata that a decoder may stumble over, though the pixels are fine.
+
+    Kept are the chunks of a PNG or WebP that say how pixels are to be read, and a JPEG's JFIF, EXIF and Adobe segments.
+    """
+    kept = []
+    if data.startswith(b"\xff\xd8"):
+        place = 2
+        while data[place : place + 1] == b"\xff" and data[place + 1] != 0xDA:  # until the scan begins
+            segment = data[place : place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")]
+            is_metadata = segment[1] == 0xFE or 0xE0 <= segment[1] <= 0xEF
+            kept += [segment] if not is_metadata or segment[1] in (0xE0, 0xE1, 0xEE) else []
+            place += len(segment)
+        return b"".join([data[:2], *kept, data[place:]])
+    if data.startswith(b"\x89PNG"):
+        place, header = 8, 12  # a chunk's name, at 4, begins with a capital where no decoder may pass over it
+        while chunk := data[place : place + header + int.from_bytes(data[place : place + 4], "big")]:
+            kept += [chunk] if chunk[4:5].isupper() or chunk[4:8] in (b"tRNS", b"eXIf") else []
+            place += len(chunk)
+        return b"".join([data[:8], *kept])
+    place = 12
+    while chunk := data[place : place + 8 + (int.from_bytes(data[place + 4 : place + 8], "little") + 1) // 2 * 2]:
+        kept += [chunk] if chunk[:4] in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"EXIF") else []
+        place += len(chunk)
+    body = b"WEBP" + b"".join(kept)
+    return data[:4] + len(body).to_bytes(4, "little") + body
+
+
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF's orientation
+
+
+def read_orientation(image):
+    """The orientation, 1 to 8, that the metadata of an image tell: 1 where they do not or cannot be read."""
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except Exception:  # whatever it is: the pixels are fine
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def open_image(data, use):
+    """Returns what `use` makes of an opened image; where that fails, of the same without metadata. Raises BadSample."""
+    for strip in (bytes, strip_metadata):
+        try:
+            return use(Image.open(io.BytesIO(strip(data)), formats=("JPEG", "PNG", "WEBP")))
+        except BadSample:
+            raise
+        except Image.DecompressionBombError as error:
+            raise BadSample("image too large", first_line(error)) from error
+        except Exception as error:  # decoders raise almost anything on damaged data
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, Image.UnidentifiedImageError):
+                reason = f"no JPEG, PNG or WebP that can be read, it begins with {data[:8]!r}"
+    raise BadSample("broken image", reason)
 
 
 def to_rgb(image):
@@ -1203,20 +1302,18 @@ def load_image(data, resolution, resample):
     JPEGs are decoded at reduced size where that suffices. Returns the image and its size (width, height) before the
     resize. Raises BadSample.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+
+    def decode(image):
         size, scale = image.size, resolution / min(image.size)
-        too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
-        if not too_large:
-            is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-            image.draft(None, (resolution, resolution))
-            ImageOps.exif_transpose(image, in_place=True)
-            image = to_rgb(image)
-    except Exception as error:  # decoders raise almost anything on damaged data
-        raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
-    if too_large:
-        raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
-    size = size[::-1] if is_turned else size
+        if size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS:  # as it is, or after the resize
+            raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
+        image.draft(None, (resolution, resolution))
+        image.load()
+        orientation = read_orientation(image)
+        image = image.transpose(TURNS[orientation]) if orientation > 1 else image
+        return to_rgb(image), size[::-1] if orientation > 4 else size
+
+    image, size = open_image(data, decode)
     resized = tuple(round(side * resolution / min(image.size)) for side in image.size)
     return image if image.size == resized else image.resize(resized, resample), size
 
@@ -1226,20 +1323,28 @@ def decode_text(data):
     return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
 
 
+def caption_texts(value):
+    """The captions that a value of JSON holds: a text, a number or a list of them. null, NaN, true, {} … are none."""
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        is_number = isinstance(item, (int, float)) and not isinstance(item, bool) and -math.inf < item < math.inf
+        found += [str(item)] if is_number or isinstance(item, str) else []
+    return found
+
+
 def read_captions(sample, info):
     """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
     captions = [decode_text(sample[name]) for name in CAPTION_MEMBERS if name in sample]
-    values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
-    if not captions and values:
-        captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
+    if not captions:
+        captions = next(filter(None, (caption_texts(info.get(name)) for name in ("caption", "captions", "text"))), [])
     return [caption.encode("utf-8", "replace").decode().strip() for caption in captions]  # no lone surrogates
 
 
 def check_filters(info, args):
-    """Applies the size and watermark filters to a sample's JSON. What is missing or not a number never rejects."""
+    """Applies the size and watermark filters to a sample's JSON; what is missing or not above 0 never rejects."""
     numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
     for side in ("width", "height"):
-        if (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
+        if 0 < (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
             raise BadSample("below min_image_size", f"{side} {size}")
     if (pwatermark := numbers.get("pwatermark", -math.inf)) > args.max_pwatermark:
         raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
@@ -1292,6 +1397,16 @@ def decode_encoded(data, info, pick, is_flipped, args):
     return found
 
 
+def describe_lack(sample, wanted):
+    """What a sample needs and what it has, for messages, and by which rule of shards it may have come to that."""
+    found = sorted(name for name in sample if not name.startswith("__"))
+    dotted = [f"{sample['__key__']}.{name}" for name in found if "." in name]
+    rule = "the members of a sample must lie side by side: tar --sort=name"
+    if dotted:
+        rule = f"a key ends at the first dot, also that of {dotted[0]}: rename it"
+    return f"needed: {wanted}; found: {', '.join(found)} ({rule})"
+
+
 def read_time_ids(info, is_flipped, args):
     """Micro-conditioning, {"time_ids": (6,)}, of a sample, as this script or tools/prepare_shards.py cropped it: height
     and width before the resize, top and left of the crop, target height and width. {} where its JSON has none.
@@ -1305,6 +1420,15 @@ def read_time_ids(info, is_flipped, args):
     return {"time_ids": torch.tensor([height, width, 0, 0, height, width] if args.use_fix_crop_and_size else values)}
 
 
+def read_info(sample):
+    """The JSON of a sample, {} where it is none."""
+    try:
+        info = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        info = {}
+    return info if isinstance(info, dict) else {}
+
+
 def decode_sample(sample, args, rng):
     """Decodes a sample; gives `captions`, one text, and `pixel_values`, uint8 (3, height, width), or of an encoded one
     what decode_encoded does, and whether the caption `is_empty`; and what read_time_ids gives.
@@ -1314,21 +1438,16 @@ def decode_sample(sample, args, rng):
     pick, drop, left, top, flip = (rng.random() for _ in range(5))
     if "__fault__" in sample:
         raise sample["__fault__"]
-    try:
-        info = json.loads(sample.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        info = {}
-    info = info if isinstance(info, dict) else {}
+    info = read_info(sample)
     check_filters(info, args)
-    found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
     is_encoded = "safetensors" in sample if args.encoded_shards is None else args.encoded_shards
     wanted = ("safetensors",) if is_encoded else IMAGE_MEMBERS
     data = next((sample[name] for name in wanted if name in sample), None)
     if data is None:
-        raise BadSample("no image", f"needed: {', '.join(wanted)}; found: {found}")
+        raise BadSample("no image", describe_lack(sample, ", ".join(wanted)))
     captions = read_captions(sample, info)
     if not captions:
-        raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} or caption in the json; found: {found}")
+        raise BadSample("no caption", describe_lack(sample, f"{', '.join(CAPTION_MEMBERS)} or caption in the json"))
     pick, is_flipped = int(pick * len(captions)), args.random_flip and flip < 0.5
     caption = captions[pick] if drop >= args.proportion_empty_prompts else ""
     if is_encoded:
@@ -1537,13 +1656,17 @@ def expand_shards(patterns):
     """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
     urls = []
     for pattern in patterns:
-        is_list = pattern.endswith(".txt") and not pattern.startswith("pipe:")
+        is_list, lines = pattern.endswith(".txt") and not pattern.startswith("pipe:"), [pattern]
         try:
-            lines = Path(pattern).read_text(encoding="utf-8").splitlines() if is_list else [pattern]
+            if is_list:
+                data = Path(pattern).read_bytes()
+                lines = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
+                lines = [re.sub(r"^(['\"])(.*)\1$", r"\2", line.strip()) for line in lines]
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
         except (OSError, ValueError) as error:
-            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {error}")
+            reason = getattr(error, "strerror", None) or redact(first_line(error))  # strerror is without the path
+            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {reason}")
         if is_list and any(url.startswith("pipe:") for url in found):
             fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
         urls += found
@@ -1554,18 +1677,18 @@ def check_shards(urls, args, shapes, most=100):
     """Names every local shard that is missing and every URL (of the first `most`) that does not answer; never hangs.
 
     Then reads the first shard until a sample is usable, and says what was found instead if it holds none. Returns
-    whether that sample is encoded.
+    whether that sample is encoded, and whether it was cropped to one of several sizes.
     """
 
     def problem(url):
         try:
-            if url.startswith(("http://", "https://")):
-                request = urllib.request.Request(url, headers={"Range": "bytes=0-511"})
-                urllib.request.urlopen(request, timeout=min(10.0, args.shard_timeout)).close()
+            if re.match("(?i)https?://", url):  # by the reader itself: what it can read passes
+                with contextlib.closing(open_shard(url, min(10.0, args.shard_timeout))) as stream:
+                    stream.read(1)
             elif not url.startswith("pipe:") and "://" not in url.removeprefix("file:"):
                 open(re.sub("^file:(//)?", "", url), "rb").close()
-        except (OSError, ValueError) as error:
-            return f"{redact(url)} ({getattr(error, 'strerror', None) or error})"
+        except Exception as error:
+            return f"{redact(url)} ({redact(getattr(error, 'strerror', None) or first_line(error))})"
 
     remote = [url for url in urls if "://" in url]
     with ThreadPoolExecutor(16) as pool:
@@ -1576,7 +1699,8 @@ def check_shards(urls, args, shapes, most=100):
     reasons, examples = Counter(), {}
     for sample in read_shard(urls[0], args.shard_timeout, tries=1):
         try:
-            return "pixel_values" not in check_shapes(decode_sample(sample, args, random.Random(0)), shapes)
+            decoded = check_shapes(decode_sample(sample, args, random.Random(0)), shapes)
+            return "pixel_values" not in decoded, isinstance(read_info(sample).get("crop"), list)
         except BadSample as bad:
             reasons[bad.args[0]] += 1
             examples.setdefault(*bad.args)
@@ -1650,18 +1774,16 @@ def save_checkpoint(run):
             fail(f"{final} cannot be written: {first_line(error)}; make room, and --resume_from_checkpoint latest")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        whole = list_checkpoints(args.output_dir)
-        kept = whole[: whole.index(final) + 1]  # after it: of a run that was abandoned by resuming from an earlier one
-        for old in {*whole} - {*kept[-(args.checkpoints_total_limit or len(kept)) :]}:
+        for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or 10**9)]:
             shutil.rmtree(old)
         logger.info("Saved %s", final)
-    accelerator.wait_for_everyone()
+    wait_for_all(run)
 
 
 def read_checkpoint(path):
     """Returns the state of a checkpoint folder with its tensors. Raises anything if a file is missing or damaged."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if missing := {*COUNTERS, "args", "skipped", "lr_scheduler", "history", "scaler", "stream"} - {*state}:
+    if missing := {"step", "args", "skipped", "lr_scheduler", "history", "scaler", "stream"} - {*state}:
         raise ValueError(f"state.json has no {', '.join(sorted(missing))}")
     networks = {name: load_file(path / f"{name}.safetensors") for name in NETWORKS}
     optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -1708,6 +1830,9 @@ def restore_optimizer(run, state):
     schedule.load_state_dict({k: v for k, v in state["lr_scheduler"].items() if k not in ("base_lrs", "_last_lr")})
     for group, settings, rate in zip(optimizer.param_groups, asked, schedule.lr_lambdas, strict=True):
         group.update(settings, lr=settings["initial_lr"] * rate(schedule.last_epoch))
+    for parameter, values in optimizer.state.items() if run.args.optimizer.startswith("paged") else ():
+        for name in {"state1", "state2"} & values.keys():  # bitsandbytes has moved them to the device
+            values[name] = optimizer.get_state_buffer(parameter, values[name].dtype).copy_(values[name])
 
 
 def load_checkpoint(run, state):
@@ -1720,13 +1845,35 @@ def load_checkpoint(run, state):
         fail(f"checkpoint {state['path']} is of another model: {first_line(error)}")
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.step, run.nonfinite_steps, run.nonfinite_in_a_row = (state[name] for name in COUNTERS)
+    for name in COUNTERS:
+        setattr(run, name, state.get(name, 0))
     rank, history = run.accelerator.process_index, state["history"]
     if len(history) == run.accelerator.num_processes:
         run.history = list(torch.tensor(history[rank], device=run.accelerator.device))
     if rank == 0:
         run.reader.skipped.update(state["skipped"])
     logger.info("Resumed from %s", state["path"])
+    if run.step >= run.args.max_train_steps:
+        logger.warning("It is at step %d, --max_train_steps is %d: nothing is trained, only exported", run.step,
+                       run.args.max_train_steps)  # fmt: skip
+
+
+def set_aside(run):
+    """Moves what an earlier run wrote after this step, which this one will write anew, into a folder of its own."""
+    output = Path(run.args.output_dir)
+    later = [path for path in list_checkpoints(output) if int(path.name[11:]) > run.step]
+    metrics = output / "metrics.jsonl"
+    if not later and (run.step or not metrics.is_file()):
+        return
+    names = (output / f"set-aside-{number}" for number in itertools.count(1))
+    folder = next(name for name in names if not name.exists())
+    folder.mkdir()
+    for path in later:
+        path.rename(folder / path.name)
+    if metrics.is_file():
+        shutil.copyfile(metrics, folder / metrics.name)
+    logger.warning("%s holds what an earlier run wrote after step %d: %s is moved to %s", output, run.step,
+                   ", ".join([*(path.name for path in later), "metrics.jsonl"]), folder)  # fmt: skip
 
 
 def trim_metrics(run):
@@ -1737,6 +1884,8 @@ def trim_metrics(run):
             return run.step > 0 and json.loads(line)["step"] <= run.step
 
     path = Path(run.args.output_dir, "metrics.jsonl")
+    if run.accelerator.is_main_process:
+        set_aside(run)
     if run.accelerator.is_main_process and path.is_file():
         kept = [line + "\n" for line in path.read_text(encoding="utf-8").splitlines() if is_kept(line)]
         path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
@@ -1964,7 +2113,8 @@ class Sampler:
         else:
             scheduler.set_timesteps(steps, device=self.noise.device)
             timesteps = scheduler.timesteps.tolist()
-        for noise, c in self.chunks():
+        total = math.ceil(len(self.noise) / self.chunk)
+        for noise, c in tqdm(self.chunks(), f"{name}, {steps} steps", total, leave=False, delay=2, unit="batch"):
             given = {"c": c, "w": torch.full((len(noise),), weight, device=noise.device)}
             if stock:
                 x_0 = sample_stock(net, scheduler, noise, steps, args=args, **given)
@@ -1987,7 +2137,7 @@ def validate(run):
         with contextlib.suppress(Stopped), eagerly, without_dropout(run.nets):
             for index, size in enumerate(run.args.validation_resolutions):
                 validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
-    run.accelerator.wait_for_everyone()
+    wait_for_all(run)
 
 
 def validate_size(run, size, suffix):
@@ -2022,7 +2172,8 @@ def validate_size(run, size, suffix):
     grid.save(path)
     for tracker in run.accelerator.trackers:
         kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({f"validation{suffix}": np.asarray(grid)[None]}, step=run.step, **kwargs)
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({f"validation{suffix}": np.asarray(grid)[None]}, step=run.step, **kwargs)
 
 
 def fidelity(images, steps, groups, seeds):
@@ -2060,13 +2211,36 @@ def print_fidelity(metrics, steps, sampler, args):
     tqdm.write("\n".join(lines))
 
 
+def find_font(text, size=13):
+    """A font for a text: PIL's own where it has all letters, else of those installed the one that lacks the fewest."""
+
+    def count_missing(font):
+        box = bytes(font.getmask("\uffff"))  # what a font shows for a letter that it lacks
+        return sum(bytes(font.getmask(letter)) == box for letter in {*text} if not letter.isspace())
+
+    best = ImageFont.load_default(size)
+    folders = [Path(root).expanduser() for root in ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts",
+               "~/.local/share/fonts", "/System/Library/Fonts", "C:/Windows/Fonts")]  # fmt: skip
+    if package := importlib.util.find_spec("fontpkg_noto_sans"):
+        folders.insert(0, Path(package.origin).parent)
+    missing, files = count_missing(best), (path for folder in folders for path in sorted(folder.rglob("*.[to]t[fc]")))
+    while missing and (path := next(files, None)):
+        with contextlib.suppress(OSError):  # not a font after all
+            font = ImageFont.truetype(path, size)
+            if (count := count_missing(font)) < missing:
+                best, missing = font, count
+    if missing:
+        logger.warning("No font here has %d letters of the validation prompts: boxes stand for them", missing)
+    return best
+
+
 def draw_grid(columns, prompts):
     """Draws images side by side: a row a prompt, a titled column for each entry of {title: (prompts, 3, h, w)}."""
     height, width = next(iter(columns.values())).shape[-2:]
     enlarged, left, top, gap = max(1, 96 / height), 150, 24, 4
     cell = round(width * enlarged), round(height * enlarged)
     size = (left + len(columns) * (cell[0] + gap), top + len(prompts) * (cell[1] + gap))
-    grid, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
+    grid, font = Image.new("RGB", size, "white"), find_font("".join(prompts))
     pen = ImageDraw.Draw(grid)
     for row, prompt in enumerate(prompts):
         pen.multiline_text((gap, top + row * (cell[1] + gap)), textwrap.fill(prompt[:100], 20), "black", font)
@@ -2115,6 +2289,10 @@ def log_metrics(run, clock, progress):
         if run.nonfinite_in_a_row == 10:
             fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, a lower --learning_rate, and a "
                  "VAE that does not overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
+    scale = accelerator.scaler.get_scale() if accelerator.scaler else None
+    if scale is not None and scale < 2**-10:  # halved 26 times without a step that went well
+        fail(f"fp16's gradients overflow at a scale of {scale:.1e}: nothing is learnt any more; try bf16, a lower "
+             "--learning_rate, or a VAE that does not overflow (--pretrained_vae_model_name_or_path)")  # fmt: skip
     finite = losses[good], grad_norms[grad_norms.isfinite()]
     loss, grad_norm = (values.mean().item() if len(values) else None for values in finite)
     seconds = time.perf_counter() - clock["time"]
@@ -2127,6 +2305,8 @@ def log_metrics(run, clock, progress):
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
                "free_memory_gb": free / 2**30, "nonfinite_steps": run.nonfinite_steps,
                "skipped": reduce_skipped(run)}  # fmt: skip
+    if scale is not None:
+        metrics |= {"skipped_steps": run.skipped_steps, "scale": scale}
     run.history.clear()
     run.reader.waited, clock["time"], clock["step"] = 0.0, time.perf_counter(), run.step
     if accelerator.is_main_process:
@@ -2137,6 +2317,8 @@ def log_metrics(run, clock, progress):
 # --------------------------------------------------------------------------------------------------------- arguments
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+PATHS = ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "cache_dir", "init_from", "init_lora",
+         "train_shards_path_or_url", "output_dir", "resume_from_checkpoint", "validation_prompts")  # fmt: skip
 LORA_FLAGS = ("init_lora", "lora_alpha", "lora_dropout", "lora_target_modules", "export_fused")
 
 
@@ -2175,6 +2357,8 @@ def add_model_args(parser):
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's sdpa")
     add("--compile", action="store_true", help="torch.compile the U-Nets: minutes at the start, faster afterwards")
+    add("--half_precision_norms", action=argparse.BooleanOptionalAction, default=True, help="norms of the U-Net on a "
+        "GPU in the precision of their input: a quarter less memory than in float32, as autocast has them")  # fmt: skip
 
 
 def add_lora_args(parser):
@@ -2232,7 +2416,8 @@ def add_training_args(parser):
     add("--adam_epsilon", type=number(float, 0), default=1e-8, help="epsilon of Adam")
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm (0: not)")
     add("--mixed_precision", choices=list(DTYPES), help="default: as `accelerate config` says")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
+    add("--allow_tf32", action="store_true", help="TF32 also for matrix products (fp16 and bf16: always)")
+    add("--deterministic", action="store_true", help="deterministic GPU kernels, slower: resumes to the bit there, too")
     add("--vae_encode_batch_size", type=number(int, 1), help="images the VAE takes at once (default: a megapixel)")
 
 
@@ -2241,8 +2426,9 @@ def add_output_args(parser):
     add("--output_dir", help="folder of the run")
     add("--logging_dir", default="logs", help="tracker files, below --output_dir")
     add("--logging_steps", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (a host sync)")
-    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "all", "none"], help="trackers")
+    add("--report_to", default="tensorboard", choices=[*LoggerType.list(), "none"], help="tracker")
     add("--tracker_project_name", help="project in the trackers")
+    add("--tracker_run_name", help="name of the run in wandb, mlflow and the like")
     add("--checkpointing_steps", type=number(int, 0), default=500, help="steps between checkpoints (0: none)")
     add("--checkpoints_total_limit", type=number(int, 1), help="checkpoints to keep")
     add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
@@ -2302,6 +2488,14 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     except ValueError as error:  # of shlex or a codec
         parser.error(f"an @file with flags cannot be read: {error}")
+    for name, value in vars(args).items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # files could not be written, or not under this name, when all steps are done
+            parser.error(f"--{name} is not in UTF-8")
+        if name in PATHS and value:
+            value = [os.path.expanduser(v) for v in value] if isinstance(value, list) else os.path.expanduser(value)
+            setattr(args, name, value)
     check_method_args(parser, args)
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -2321,20 +2515,27 @@ def parse_args(argv=None):
     return args
 
 
+def check_launch():
+    """Refuses what accelerate may be configured to, but not this script, and says which settings are not used."""
+    for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):  # rank 0 alone saves
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
+            fail(f"{kind} is not supported; use distributed_type MULTI_GPU, and --optimizer adamw8bit to save memory")
+    if os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":  # which would compile whatever is prepared
+        logger.warning("accelerate's configuration asks for dynamo, which is not used: --compile does that here")
+    is_parallel = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if is_parallel and not torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        fail("several processes without a GPU do not find each other unless ACCELERATE_USE_CPU=true is set")
+
+
 def check_environment(args):
     """Refuses what this machine cannot do: a folder it cannot write, fp16 without a GPU, packages that are missing."""
     output, xformers = Path(args.output_dir), args.enable_xformers_memory_efficient_attention
+    check_launch()
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         fail(f"--output_dir {output} cannot be written: {error}")
-    for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # where rank 0, which alone saves, would wait for the others
-        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
-            fail(f"{kind} is not supported; use distributed_type MULTI_GPU, and --optimizer adamw8bit to save memory")
-    is_parallel = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if is_parallel and not torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        fail("several processes without a GPU do not find each other unless ACCELERATE_USE_CPU=true is set")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
     if xformers and not torch.cuda.is_available():
@@ -2343,14 +2544,16 @@ def check_environment(args):
         fail(f"--base_precision {args.base_precision} needs a GPU; without it the base is in the compute precision")
     if args.optimizer.startswith("paged") and not torch.cuda.is_available():
         fail(f"--optimizer {args.optimizer} needs a GPU; use adamw8bit")
-    wanted = {"wandb": args.report_to in ("wandb", "all"), "tensorboard": args.report_to in ("tensorboard", "all"),
-              "bitsandbytes": "8bit" in args.optimizer, "prodigyopt": args.optimizer == "prodigy",
-              "xformers": xformers}  # fmt: skip
+    wanted = {"bitsandbytes": "8bit" in args.optimizer, "prodigyopt": args.optimizer == "prodigy",
+              args.report_to: args.report_to not in ("all", "none"), "xformers": xformers}  # fmt: skip
     for package in (package for package, is_wanted in wanted.items() if is_wanted):
         try:
             __import__(package)
         except Exception as error:
             fail(f"a flag asks for {package}, which cannot be imported here ({error}); install it or drop the flag")
+    if args.mixed_precision == "bf16" and torch.cuda.is_available():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            logger.warning("this GPU only emulates bf16, slowly: --mixed_precision fp16 is faster on it")
     if not args.resume_from_checkpoint and list_checkpoints(output):
         fail(f"--output_dir {output} holds checkpoints; --resume_from_checkpoint latest, or another folder?")
 
@@ -2365,7 +2568,13 @@ def public_args(args):
 def make_accelerator(args):
     """Starts the processes' communication, logging and trackers."""
     config = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
+    # rank 0 validates, saves and exports alone for longer than the ten minutes that a process group waits for it;
+    # gradients lie in DDP's buckets; a compiled U-Net is cut at each bucket's end: one bucket for all of them then
+    process_group = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False,
+                                        bucket_cap_mb=2**14 if args.compile else 25)  # fmt: skip
     accelerator = Accelerator(mixed_precision=args.mixed_precision, project_config=config,
+                              kwargs_handlers=[process_group, ddp],
                               log_with=None if args.report_to == "none" else args.report_to)  # fmt: skip
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # which the environment would override
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, force=True)
@@ -2373,7 +2582,13 @@ def make_accelerator(args):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    if args.allow_tf32 or args.mixed_precision != "no":  # else PyTorch's default: TF32 for convolutions alone
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if args.compile:  # a size that comes up anew is compiled anew, but never silently run uncompiled
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
     return accelerator
 
 
@@ -2412,8 +2627,8 @@ def start_run(args, accelerator):
     urls = expand_shards(args.train_shards_path_or_url)
     checkpoint = find_checkpoint(args)
     shapes = {"time_ids": (6,)} if teacher.family.has_time_ids else {}
-    # the main process looks, all are told
-    args.encoded_shards = broadcast_object_list([accelerator.is_main_process and check_shards(urls, args, shapes)])[0]
+    found = [check_shards(urls, args, shapes) if accelerator.is_main_process else None]
+    args.encoded_shards, args.bucketed_shards = broadcast_object_list(found)[0]
     if args.max_train_steps is None:
         images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         samples = args.max_train_samples or count_samples(urls, args)
@@ -2430,6 +2645,8 @@ def start_run(args, accelerator):
     rank, world_size, state = accelerator.process_index, accelerator.num_processes, checkpoint and checkpoint["stream"]
     reader = BatchReader(ShardStream(urls, args, rank, world_size, state, shapes), accelerator.device)
     run = Run(args, accelerator, models, nets, optimizer, lr_scheduler, reader, uncond, empty)
+    if world_size > 1:
+        run.host_group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     if checkpoint:
         load_checkpoint(run, checkpoint)
     trim_metrics(run)
@@ -2448,20 +2665,38 @@ def memory_savers(args):
     return [saver for saver, is_unused in savers.items() if is_unused]
 
 
+def start_trackers(args, accelerator):
+    """Writes args.json, and starts the trackers; their files lie below --output_dir."""
+    Path(args.output_dir, "args.json").write_text(json.dumps(public_args(args), indent=2) + "\n", encoding="utf-8")
+    config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_args(args).items()}
+    logs, name = str(Path(args.output_dir, args.logging_dir)), args.tracker_run_name
+    options = {"wandb": {"dir": logs, "name": name}, "mlflow": {"run_name": name}, "trackio": {"name": name},
+               "swanlab": {"experiment_name": name}}  # fmt: skip
+    if accelerator.log_with:
+        os.makedirs(logs, exist_ok=True)
+    try:
+        accelerator.init_trackers(args.tracker_project_name, config, options)
+    except Exception as error:  # no login, no server: each tracker has errors of its own
+        fail(f"--report_to {args.report_to} cannot start: {first_line(error)}")
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_environment(args)
     accelerator = make_accelerator(args)
-    run = start_run(args, accelerator)
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            open_repository(args)
-        Path(args.output_dir, "args.json").write_text(json.dumps(public_args(args), indent=2) + "\n", encoding="utf-8")
-        config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_args(args).items()}
-        accelerator.init_trackers(args.tracker_project_name, config)
-    handle_signals(run)
+    run = None
     try:
+        run = start_run(args, accelerator)
+        if accelerator.is_main_process:
+            if args.push_to_hub:
+                open_repository(args)
+            start_trackers(args, accelerator)
+        handle_signals(run)
         train(run)
+        run.reader.close()
+        if accelerator.is_main_process:
+            publish(run, export(run))
+        accelerator.end_training()
     except torch.OutOfMemoryError as error:
         fail(f"out of device memory: {first_line(error)} Try {', '.join(memory_savers(args))}")
     except RuntimeError as error:
@@ -2469,10 +2704,10 @@ def main(argv=None):
             raise
         fail(f"a loader worker died: {error}; is there enough memory? go on with --resume_from_checkpoint latest")
     finally:
-        run.reader.close()
-    if accelerator.is_main_process:
-        publish(run, export(run))
-    accelerator.end_training()
+        if run:
+            run.reader.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
