@@ -312,7 +312,7 @@ def replicate(nets, accelerator, stack):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    stack.callback(torch.distributed.destroy_process_group)
+    stack.callback(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
     handler = accelerator.ddp_handler
     replica = Replica(nets["student"].unet, init_sync=False, **(handler.to_kwargs() if handler else {}))
     replica.register_comm_hook(None, reduce_nothing)
