@@ -1875,6 +1875,8 @@ one that the optimizer moved, `*_kohya.safetensors` the EMA one for ComfyUI and 
 
 pipe = DiffusionPipeline.from_pretrained({repository})"""
         files = "`unet` is the EMA network, `unet_online` the one that the optimizer moved."
+    if not args.ema_decay:
+        files = "There is no EMA of the weights: both files that hold them hold the same."
     return f"""```python
 {load}
 prompt = {json.dumps(load_prompts(args)[0][0], ensure_ascii=False)}
