@@ -24,9 +24,10 @@ def log_of(caplog):
 
 def test_home_is_expanded_in_every_path(lcm, monkeypatch):
     monkeypatch.setenv("HOME", "/home/fox")
-    args = lcm.parse_args(["--pretrained_teacher_model=~/sd15", "--train_shards_path_or_url", "~/a/{0..3}.tar",
-                           "~/b.tar", "--output_dir=~/out", "--cache_dir=~/cache", "--validation_prompts", "~/prompts.txt",
-                           "a ~ b", "--resume_from_checkpoint=~/out/checkpoint-2"])  # fmt: skip
+    words = ["--pretrained_teacher_model=~/sd15", "--train_shards_path_or_url", "~/a/{0..3}.tar", "~/b.tar",
+             "--output_dir=~/out", "--cache_dir=~/cache", "--resume_from_checkpoint=~/out/checkpoint-2",
+             "--validation_prompts", "~/prompts.txt", "a ~ b"]  # fmt: skip
+    args = lcm.parse_args(words)
     assert args.pretrained_teacher_model == "/home/fox/sd15" and args.output_dir == "/home/fox/out"
     assert args.train_shards_path_or_url == ["/home/fox/a/{0..3}.tar", "/home/fox/b.tar"]
     assert args.cache_dir == "/home/fox/cache" and args.resume_from_checkpoint == "/home/fox/out/checkpoint-2"
