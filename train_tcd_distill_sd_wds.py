@@ -1085,8 +1085,7 @@ def starting_model(run):
         yield
         return
     models, args = run.models, run.args
-    is_own = args.init_from and not models.adapters
-    path, source = (args.init_from, {"subfolder": "unet"}) if is_own else hub_source(args, "unet")
+    path, source = (args.init_from, {"subfolder": "unet"}) if args.init_from else hub_source(args, "unet")
     unet = load_part(UNet2DConditionModel, path, **source)
     unet.to(run.accelerator.device, models.vae.dtype).eval()
     run.nets["teacher"] = Denoiser(unet, unet, models.family)
@@ -2037,17 +2036,20 @@ def export_lora(run):
 
 
 def write_kohya(run, path):
-    """Writes the EMA adapter for ComfyUI, A1111 and sd-scripts: each layer with its alpha, and metadata by which they
-    show and sort it (kohya's, and Stability's Model Metadata Standard).
+    """Writes the EMA adapter for ComfyUI, A1111 and sd-scripts, with metadata by which they show and sort it: kohya's,
+    and those of Stability's Model Metadata Standard.
+
+    All layers get one alpha, since diffusers misreads several; what is then missing in a layer's scale, its B takes.
     """
     args, family, unet, name = run.args, run.models.family, run.models.target, run.models.adapters["target"]
     tensors, config = {}, unet.peft_config[name]
     for layer, module in unet.named_modules():
         if isinstance(module, BaseTunerLayer):
             key = kohya_name(layer, unet.config.layers_per_block if family.has_sgm_names else None)
+            factor = module.scaling[name] * module.r[name] / config.lora_alpha
             tensors |= {f"{key}.lora_down.weight": module.lora_A[name].weight.detach().cpu().contiguous(),
-                        f"{key}.lora_up.weight": module.lora_B[name].weight.detach().cpu().contiguous(),
-                        f"{key}.alpha": torch.tensor(module.scaling[name] * module.r[name])}  # fmt: skip
+                        f"{key}.lora_up.weight": (module.lora_B[name].weight.detach() * factor).cpu().contiguous(),
+                        f"{key}.alpha": torch.tensor(float(config.lora_alpha))}  # fmt: skip
     version, architecture = family.versions(unet, run.models.schedule.prediction_type)
     content, is_v = save(tensors), run.models.schedule.prediction_type == "v_prediction"
     header = int.from_bytes(content[:8], "little") + 8  # which the hash leaves out
