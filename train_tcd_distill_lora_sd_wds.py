@@ -319,7 +319,7 @@ def first_line(error):
             return "it is no folder or file here, is not whole in the cache, and the hub cannot be reached"
         if isinstance(cause, HFValidationError):
             return "it is no folder or file here, and cannot be the name of a repository"
-        if isinstance(cause, NotImplementedError):  # of moving a tensor that was given no values
+        if isinstance(cause, NotImplementedError) and "meta tensor" in str(cause):  # one that was given no values
             return "it does not hold all tensors of the model"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -2450,7 +2450,7 @@ def log_metrics(run, clock, progress):
 # --------------------------------------------------------------------------------------------------------- arguments
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-PATHS = ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "cache_dir", "init_from", "init_lora",
+PATHS = ("pretrained_teacher_model", "single_file_config", "pretrained_vae_model_name_or_path", "cache_dir", "init_from", "init_lora",
          "train_shards_path_or_url", "output_dir", "resume_from_checkpoint", "validation_prompts")  # fmt: skip
 LORA_FLAGS = ("init_lora", "lora_alpha", "lora_dropout", "lora_target_modules", "export_fused")
 

@@ -110,7 +110,7 @@ def first_line(error):
             return "it is no folder or file here, is not whole in the cache, and the hub cannot be reached"
         if isinstance(cause, HFValidationError):
             return "it is no folder or file here, and cannot be the name of a repository"
-        if isinstance(cause, NotImplementedError):  # of moving a tensor that was given no values
+        if isinstance(cause, NotImplementedError) and "meta tensor" in str(cause):  # one that was given no values
             return "it does not hold all tensors of the model"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
