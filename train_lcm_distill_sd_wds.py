@@ -2445,8 +2445,9 @@ def log_metrics(run, clock, progress):
 # --------------------------------------------------------------------------------------------------------- arguments
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-PATHS = ("pretrained_teacher_model", "single_file_config", "pretrained_vae_model_name_or_path", "cache_dir", "init_from", "init_lora",
-         "train_shards_path_or_url", "output_dir", "resume_from_checkpoint", "validation_prompts")  # fmt: skip
+PATHS = ("pretrained_teacher_model", "single_file_config", "pretrained_vae_model_name_or_path", "cache_dir",
+         "init_from", "init_lora", "train_shards_path_or_url", "output_dir", "resume_from_checkpoint",
+         "validation_prompts")  # fmt: skip
 LORA_FLAGS = ("init_lora", "lora_alpha", "lora_dropout", "lora_target_modules", "export_fused")
 
 
