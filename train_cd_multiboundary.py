@@ -37,6 +37,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -92,16 +93,19 @@ from diffusers import (
     TCDScheduler,
     UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
-from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
-from huggingface_hub import ModelCard, create_repo, upload_folder
+from diffusers.utils import convert_unet_state_dict_to_peft
+from huggingface_hub import ModelCard, create_repo, snapshot_download, upload_folder
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save, save_file
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 from webdataset.gopen import Pipe, gopen
@@ -313,6 +317,17 @@ def extra_validation(_run, _images):
 logger = logging.getLogger("train")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NETWORKS = ("student", "target")  # what is trained, kept in checkpoints and exported
+# what these say of dropped tensors, check_tensors and load_adapter say; the others of their lines are of no use
+QUIET = ("diffusers.models.modeling_utils", "diffusers.loaders.lora_base", "transformers.modeling_utils",
+         "transformers.distributed.tensor_parallel")  # fmt: skip
+SGM_LAYERS = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+              "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+              "add_embedding.linear_2": "label_emb.0.2", "resnets.time_emb_proj": "emb_layers.1",
+              "resnets.conv1": "in_layers.2", "resnets.conv2": "out_layers.3",
+              "resnets.conv_shortcut": "skip_connection", "downsamplers.conv": "op"}  # fmt: skip
+OTHER_ADAPTERS = {"dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA", "hada_": "a LoHa", "lokr_": "a LoKr",
+                  "oft_": "an OFT", "lora_mid": "a LoCon with a Tucker core", ".diff": "one of whole differences",
+                  "bias": "a LoRA with biases", "on_input": "an (IA)³", "vera_": "a VeRA"}  # fmt: skip
 
 
 def fail(message):
@@ -322,6 +337,13 @@ def fail(message):
 
 def first_line(error):
     """The first line of what an exception says, or its kind where it says nothing."""
+    for cause in (error, error.__context__):  # of which the libraries say that a file is missing
+        if isinstance(cause, LocalEntryNotFoundError):
+            return "it is no folder or file here, is not whole in the cache, and the hub cannot be reached"
+        if isinstance(cause, HFValidationError):
+            return "it is no folder or file here, and cannot be the name of a repository"
+        if isinstance(cause, NotImplementedError) and "meta tensor" in str(cause):  # one that was given no values
+            return "it does not hold all tensors of the model"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -465,6 +487,7 @@ class StableDiffusion:
     name, pipeline = "Stable Diffusion 1.x or 2.x", StableDiffusionPipeline
     tokenizers, encoders = ("tokenizer",), {"text_encoder": CLIPTextModel}
     has_time_ids = False
+    has_sgm_names = False  # whether kohya's format names the U-Net's blocks as Stability's own code does
     heeds_upcast = False  # `force_upcast` of a VAE's configuration is true by default, and meant for SDXL alone
     zeros_for_empty = False  # whether an empty prompt is encoded as zeros, where model_index.json does not say
     # the layers that a LoRA adapts, by the ends of their names
@@ -491,6 +514,14 @@ class StableDiffusion:
         return {"encoder_hidden_states": c["text"].to(dtype)}
 
     @staticmethod
+    def versions(unet, prediction_type):
+        """What kohya's and Stability's metadata call such a model."""
+        if unet.config.cross_attention_dim != 1024:
+            return "sd_v1", "stable-diffusion-v1"
+        is_v = prediction_type == "v_prediction"
+        return ("sd_v2_v", "stable-diffusion-v2-768-v") if is_v else ("sd_v2", "stable-diffusion-v2-512")
+
+    @staticmethod
     def pipeline_options(_parts):
         """Further arguments of the exported pipeline."""
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -502,7 +533,7 @@ class StableDiffusionXL(StableDiffusion):
     name, pipeline = "Stable Diffusion XL", StableDiffusionXLPipeline
     tokenizers = ("tokenizer", "tokenizer_2")
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    has_time_ids = heeds_upcast = zeros_for_empty = True
+    has_time_ids = has_sgm_names = heeds_upcast = zeros_for_empty = True
 
     @staticmethod
     def claims(parts):
@@ -526,6 +557,10 @@ class StableDiffusionXL(StableDiffusion):
         """c, here with `time_ids` (batch, 6), which stay float32: bf16 holds no 1023."""
         added = {"text_embeds": c["pooled"].to(dtype), "time_ids": c["time_ids"].float()}
         return {"encoder_hidden_states": c["text"].to(dtype), "added_cond_kwargs": added}
+
+    @staticmethod
+    def versions(_unet, _prediction_type):
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
 
     @staticmethod
     def pipeline_options(parts):
@@ -599,12 +634,93 @@ def check_schedule(args, scheduler, kind):
         logger.warning("--num_ddim_timesteps does not divide %d: the grid ends at t = %d", steps, steps - rest - 1)
 
 
-def hub_source(args, is_vae=False):
-    """Where `from_pretrained` finds the teacher, or the VAE that was given instead of its own: path and arguments."""
-    if is_vae and args.pretrained_vae_model_name_or_path:
-        return args.pretrained_vae_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
-    return args.pretrained_teacher_model, source | ({"subfolder": "vae"} if is_vae else {})
+def hub_source(args, part=None):
+    """Where the teacher is found, or a part of it, or the VAE given instead of its own: a path, and arguments."""
+    path, source = args.pretrained_teacher_model, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    if os.path.isfile(path):
+        path, source = str(Path(args.output_dir, "teacher")), {}  # where unpack_teacher put it
+    vae = args.pretrained_vae_model_name_or_path
+    if part == "vae" and vae:
+        given = {"config": path, "subfolder": "vae"} if os.path.isfile(vae) else {"revision": args.revision}
+        return vae, {**given, "cache_dir": args.cache_dir}
+    return path, {**source, "subfolder": part, "variant": args.variant} if part else source
+
+
+def check_tensors(where, network, report):
+    """Raises ValueError for a network that was not given all its tensors: the libraries make up the others."""
+    empty = (name for name, value in network.named_parameters() if value.is_meta)
+    lacking = {*empty, *report.get("missing_keys", ()), *(key for key, *_ in report.get("mismatched_keys", ()))}
+    if lacking:
+        what = f"{len(lacking)} tensors of a {type(network).__name__}"
+        raise ValueError(f"{where}: {what} are missing or misshapen, such as {min(lacking)}")
+    if unused := report.get("unexpected_keys"):
+        logger.warning("%s: %d tensors are not used, such as %s", where, len(unused), min(unused))
+
+
+def load_part(kind, path, variant=None, **options):
+    """Loads a frozen network of class `kind` from a folder, a hub repository or, with a `config`, from one file.
+
+    Where there are fp16 weights alone, those. Raises OSError, or ValueError where the files do not hold all of it.
+    """
+    where, report, errors = f"{path}/{options.get('subfolder', '')}", {}, []
+    for name in [variant] if variant else [None, "fp16"]:
+        try:
+            if "config" in options:
+                network = kind.from_single_file(path, **options)
+            else:
+                network, report = kind.from_pretrained(path, variant=name, output_loading_info=True,
+                                                       ignore_mismatched_sizes=True, **options)  # fmt: skip
+            break
+        except OSError as error:
+            errors.append(error)
+    else:
+        raise errors[0]
+    if errors:
+        logger.warning("%s holds fp16 weights alone: they are used", where)
+    check_tensors(where, network, report)
+    return network.requires_grad_(False)
+
+
+def load_tokenizer(path, encoder, **source):
+    """Loads a text encoder's tokenizer. Raises ValueError for one that knows no words, which transformers makes of a
+    folder without the file.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, **source)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("a tokenizer knows no words, only its special tokens: are files missing?")
+    longest = encoder.config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)  # which is 1e30 where its files do not say
+    return tokenizer
+
+
+def unpack_teacher(args):
+    """Writes a teacher that is one .safetensors file as the folder of a pipeline, for all that reads it later."""
+    path, config = args.pretrained_teacher_model, args.single_file_config
+    try:
+        with safe_open(path, "pt") as file:  # a .ckpt file, which could run code, is none
+            is_v, first = "v_pred" in file.keys(), file.get_tensor("model.diffusion_model.input_blocks.0.0.weight")
+        config = config or fetch_diffusers_config(load_file(path))["pretrained_model_name_or_path"]
+        parts = diffusers.DiffusionPipeline.load_config(config, cache_dir=args.cache_dir)
+        family = find_family(config, parts)
+        pipe = family.pipeline.from_single_file(path, config=config, cache_dir=args.cache_dir,
+                                                torch_dtype=first.dtype, **family.pipeline_options(parts))  # fmt: skip
+        if is_v and pipe.scheduler.config.prediction_type != "v_prediction":
+            raise ValueError("it is for v-prediction, and the scheduler there is not")
+        shutil.rmtree(folder := Path(args.output_dir, "teacher"), ignore_errors=True)
+        pipe.save_pretrained(folder)
+    except Exception as error:
+        fail(f"the teacher {path} cannot be read with --single_file_config {config}: {first_line(error)}")
+
+
+def find_family(path, parts):
+    """The family of a pipeline, by its model_index.json; refuses one of no family."""
+    family = next((family for family in FAMILIES if family.claims(parts)), None)
+    if family is None:
+        names = " or ".join(family.name for family in FAMILIES)
+        fail(f"{path}, a {parts.get('_class_name')}, has no U-Net: it is not {names}")
+    if complaint := family.complaint(parts):
+        fail(f"{path} is {complaint}")
+    return family
 
 
 def check_teacher(args):
@@ -619,47 +735,47 @@ def check_teacher(args):
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", **source) if "unet" in parts else None
     except (OSError, ValueError, AttributeError, TypeError) as error:
         fail(f"--pretrained_teacher_model {path} cannot be read as a diffusers pipeline: {first_line(error)}")
-    family = next((family for family in FAMILIES if family.claims(parts)), None)
-    if family is None:
-        names = " or ".join(family.name for family in FAMILIES)
-        fail(f"{path}, a {parts.get('_class_name')}, has no U-Net: it is not {names}")
-    if complaint := family.complaint(parts):
-        fail(f"{path} is {complaint}")
+    family = find_family(path, parts)
+    classes = {"unet": UNet2DConditionModel, **family.encoders, "vae": AutoencoderKL}
+    if args.pretrained_vae_model_name_or_path:
+        del classes["vae"]
+    for name, kind in classes.items():  # from_pretrained would make another kind's weights into random ones of this
+        if (given := (parts.get(name) or [None, None])[1]) != kind.__name__:
+            fail(f"{path}: its {name} is a {given}, where {family.name} has a {kind.__name__}")
     if unet["in_channels"] != unet["out_channels"]:
         fail(f"{path} takes {unet['in_channels']} channels (in-painting, depth?), text-to-image {unet['out_channels']}")
+    inputs = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None,
+              "addition_embed_type": "text_time" if family.has_time_ids else None}  # fmt: skip
+    for name, value in inputs.items():
+        if unet.get(name) != value:
+            fail(f"{path}: its U-Net wants other inputs than {family.name} has: {name} is {unet.get(name)}")
     check_schedule(args, scheduler, str(parts.get("scheduler", [None, None])[1]))
     return SimpleNamespace(family=family, parts=parts, scheduler=scheduler)
 
 
-def check_tokenizer(tokenizer):
-    """Raises ValueError for a tokenizer without a vocabulary, which transformers makes of a folder without the file."""
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError("a tokenizer knows no words, only its special tokens: are files missing?")
-
-
 def load_frozen(args, family, dtype):
     """Loads tokenizers, text encoders and VAE, frozen: lists in the family's order, and a network."""
+    encoders = []
+    for name, kind in family.encoders.items():
+        path, source = hub_source(args, name)
+        encoders.append(load_part(kind, path, dtype=dtype, **source))
     path, source = hub_source(args)
-    tokenizers = [AutoTokenizer.from_pretrained(path, subfolder=name, **source) for name in family.tokenizers]
-    text_encoders = torch.nn.ModuleList(kind.from_pretrained(path, subfolder=name, dtype=dtype, **source)
-                                        for name, kind in family.encoders.items())  # fmt: skip
-    for tokenizer in tokenizers:
-        check_tokenizer(tokenizer)
-    path, source = hub_source(args, is_vae=True)
-    vae = AutoencoderKL.from_pretrained(path, **source)
+    tokenizers = [load_tokenizer(path, encoder, subfolder=name, **source)
+                  for name, encoder in zip(family.tokenizers, encoders, strict=True)]  # fmt: skip
+    path, source = hub_source(args, "vae")
+    vae = load_part(AutoencoderKL, path, **source)
     vae.to(torch.float32 if family.heeds_upcast and vae.config.get("force_upcast") else dtype)
-    return tokenizers, text_encoders.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
+    return tokenizers, torch.nn.ModuleList(encoders).eval(), vae.eval()
 
 
 def load_unet(args, dtype):
     """Loads the teacher's U-Net, frozen, in this precision or quantised as --base_precision says."""
-    options = {"torch_dtype": dtype}
+    path, options = hub_source(args, "unet")
     if args.base_precision != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=args.base_precision == "int8", load_in_4bit=args.base_precision == "nf4",
             bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)  # fmt: skip
-    path, source = hub_source(args)
-    return UNet2DConditionModel.from_pretrained(path, subfolder="unet", **source, **options).requires_grad_(False)
+    return load_part(UNet2DConditionModel, path, dtype=dtype, **options)
 
 
 def make_student(source, args):
@@ -690,33 +806,122 @@ def load_unets(args, family, dtype):
         base = load_unet(args, dtype)
         return base, base, base, add_adapters(base, args, family)
     teacher = load_unet(args, torch.float32)
-    source = UNet2DConditionModel.from_pretrained(args.init_from, subfolder="unet") if args.init_from else teacher
+    source = load_part(UNet2DConditionModel, args.init_from, subfolder="unet") if args.init_from else teacher
     student = make_student(source, args)
     target = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
     return teacher.to(dtype).eval() if METHOD.has_teacher else None, student, target, {}
 
 
-def load_adapter(unet, args, family):
-    """Adds the adapter `default` from --init_lora, which brings its own rank, alpha and layers."""
+def kohya_name(layer, sgm_depth=None):
+    """The name in kohya's format of a U-Net's layer; of SDXL's, `sgm_depth` being its layers_per_block, by Stability's
+    names of the blocks, which ComfyUI, A1111, sd-scripts and diffusers all read.
+    """
+    kinds = r"resnets|attentions|downsamplers|upsamplers"
+    block = re.fullmatch(rf"(down|mid|up)_blocks?\.(?:(\d)\.)?({kinds})\.(\d)\.(.+)", layer)
+    if isinstance(sgm_depth, int) and block:
+        side, number, kind, index, layer = block.groups()
+        if side == "mid":
+            place = f"middle_block.{2 * int(index) + (kind == 'attentions')}"
+        else:  # a sampler counts with the last layer of its block, going down as a layer of its own
+            number = int(number) * (sgm_depth + 1) + (sgm_depth if "samplers" in kind else int(index))
+            place = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
+            place += {"resnets": ".0", "attentions": ".1", "downsamplers": ".0", "upsamplers": ".2"}[kind]
+        layer = f"{place}.{SGM_LAYERS.get(f'{kind}.{layer}', layer)}"
+    elif sgm_depth:
+        layer = SGM_LAYERS.get(layer, layer)
+    return f"lora_unet_{layer.replace('.', '_')}"
+
+
+def find_adapter(given, args):
+    """The file of a LoRA: given itself, as OWNER/NAME/FILE, or of a folder or hub repository the usual or only one."""
+    path = Path(given)
+    if not path.exists():
+        repository, file = "/".join(path.parts[:2]), "/".join(path.parts[2:])
+        wanted, ignored = ([file], None) if file else (["*.safetensors", "*.bin"], ["*/*"])
+        path = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=ignored,
+                                      cache_dir=args.cache_dir), file)  # fmt: skip
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    usual = [file for file in files if file.stem in ("pytorch_lora_weights", "adapter_model")] or files
+    if len(usual) != 1:
+        names = ", ".join(file.name for file in usual)
+        raise ValueError(f"it holds several files: name one of {names}" if usual else "it holds no .safetensors file")
+    if len(files) > 1:
+        logger.info("Of the files in %s, %s is taken", given, usual[0].name)
+    return usual[0]
+
+
+def read_adapter(path, unet):
+    """Reads a LoRA of diffusers', peft's or kohya's format: {layer: (A, B, alpha / rank)}, of the layers of this U-Net,
+    the names of other layers, and how many tensors are for text encoders.
+
+    Raises ValueError for an adapter of another kind.
+    """
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            state, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    else:
+        state, about = torch.load(path, map_location="cpu", weights_only=True), {}
+    config = {key.removeprefix("unet."): v for key, v in json.loads(about.get("lora_adapter_metadata", "{}")).items()}
+    if path.name.startswith("adapter_model"):  # as peft itself saves
+        config = json.loads(path.with_name("adapter_config.json").read_text(encoding="utf-8"))
+    names, depth, found, strange = {}, unet.config.layers_per_block, {}, set()
+    for layer, _ in unet.named_modules():
+        names |= {layer: layer, kohya_name(layer): layer, kohya_name(layer, depth): layer}
+    mine = {key: value for key, value in state.items() if not re.match("lora_te|text_encoder|bundle_emb", key)}
+    lora = r"(?:unet\.)?(?:base_model\.model\.)?(.+)\.(alpha|lora_(?:down|up|A|B)(?:\.default)?\.weight)"
+    for key, value in convert_unet_state_dict_to_peft(mine).items():  # which renames what diffusers once wrote
+        if not (part := re.fullmatch(lora, key)):
+            kind = next((kind for mark, kind in OTHER_ADAPTERS.items() if mark in key), f"something that has a {key}")
+            raise ValueError(f"it is no plain LoRA, but {kind}")
+        if part[1] in names:
+            found.setdefault(names[part[1]], {})[part[2].split(".")[0].replace("down", "A").replace("up", "B")] = value
+        else:
+            strange.add(part[1])
+    layers, patterns = {}, config.get("alpha_pattern") or {}
+    for layer, parts in found.items():
+        if not {"lora_A", "lora_B"} <= parts.keys():
+            raise ValueError(f"of {layer} it has {' and '.join(sorted(parts))} alone")
+        a, b, rank = parts["lora_A"], parts["lora_B"], len(parts["lora_A"])
+        alpha = patterns.get(get_pattern_key(patterns, layer), config.get("lora_alpha", rank))
+        scale = float(parts.get("alpha", alpha)) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        layers[layer] = a, b, scale
+    return layers, sorted(strange), len(state) - len(mine)
+
+
+def load_adapter(unet, args):
+    """Adds the adapter `default` from --init_lora, which brings its own layers, and to each its rank and its scale."""
+    flag = f"--{'init_from' if args.init_lora == args.init_from else 'init_lora'} {args.init_lora}"
     try:
-        options = {"cache_dir": args.cache_dir, "unet_config": unet.config, "return_lora_metadata": True}
-        state, alphas, metadata = family.pipeline.lora_state_dict(args.init_lora, **options)
-        metadata = metadata and {**metadata, "lora_dropout": args.lora_dropout}
-        unet.load_lora_adapter(state, "unet", network_alphas=alphas, adapter_name="default", metadata=metadata)
+        layers, strange, texts = read_adapter(find_adapter(args.init_lora, args), unet)
+        if not layers:
+            raise ValueError(f"it has no layer of this U-Net{', but ' + strange[0] if strange else ''}")
+        ranks = {layer: len(a) for layer, (a, _, _) in layers.items()}
+        alphas = {layer: scale * ranks[layer] for layer, (*_, scale) in layers.items()}
+        (rank, alpha), patterns = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas)), []
+        for each, most in ((ranks, rank), (alphas, alpha)):
+            patterns.append({f"^{layer}": value for layer, value in each.items() if value != most})
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, rank_pattern=patterns[0], alpha_pattern=patterns[1],
+                                    lora_dropout=args.lora_dropout, target_modules=sorted(layers)))  # fmt: skip
+        adapter_to_float32(unet, "default")
+        added = {name: module for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)}
+        for name in {*added, *layers}:
+            a, b, scale = layers[name]
+            if not math.isclose(added[name].scaling["default"], scale, rel_tol=1e-6):
+                raise ValueError(f"{name} did not take the scale {scale:g}")
+            for weight, value in ((added[name].lora_A["default"].weight, a), (added[name].lora_B["default"].weight, b)):
+                if weight.squeeze().shape != value.squeeze().shape:
+                    raise ValueError(f"{name} takes {tuple(weight.shape)}, and is given {tuple(value.shape)}")
+                weight.data.copy_(value.reshape(weight.shape))
     except Exception as error:
-        fail(f"--init_lora {args.init_lora} cannot be loaded into this U-Net: {first_line(error)}")
-    if "default" not in getattr(unet, "peft_config", {}):
-        fail(f"--init_lora {args.init_lora} has no layer of this U-Net")
-    state = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
-    if not any(".lora_A." in key for key in state):
-        state = convert_unet_state_dict_to_peft(state)
-    adapter_to_float32(unet, "default")
-    set_peft_model_state_dict(unet, state, "default")  # unrounded
-    if args.lora_alpha or args.lora_target_modules or args.lora_rank != unet.peft_config["default"].r:
-        logger.warning("--init_lora brings its rank, %d, its alpha and its layers; --lora_rank, --lora_alpha and "
-                       "--lora_target_modules are not used", unet.peft_config["default"].r)  # fmt: skip
-    if args.lora_dropout and not metadata:
-        logger.warning("--init_lora %s has no metadata: --lora_dropout is not used", args.init_lora)
+        fail(f"{flag} cannot be loaded into this U-Net: {first_line(error)}")
+    if texts:
+        logger.warning("%s: its %d tensors for text encoders are not used", flag, texts)
+    if strange:
+        logger.warning("%s: %d of its layers are not in this U-Net and not used, such as %s", flag, len(strange),
+                       strange[0])  # fmt: skip
+    if args.lora_alpha or args.lora_target_modules or args.lora_rank != rank:
+        logger.warning("%s brings its rank, %d, its alpha and its layers; --lora_rank, --lora_alpha and "
+                       "--lora_target_modules are not used", flag, rank)  # fmt: skip
 
 
 def make_adapter(unet, args, family):
@@ -737,7 +942,7 @@ def add_adapters(unet, args, family):
 
     With --ema_decay 0 the target is the student itself.
     """
-    (load_adapter if args.init_lora else make_adapter)(unet, args, family)
+    load_adapter(unet, args) if args.init_lora else make_adapter(unet, args, family)
     names = {"student": "default", "target": "target" if args.ema_decay else "default"}
     if args.ema_decay:
         with warnings.catch_warnings():  # of peft: that there are several adapters now
@@ -793,6 +998,8 @@ def check_latents(args, vae, unet):
             fail(f"--{flag}: {given} must be multiples of the VAE's factor, {factor}")
     if vae.config.latent_channels != unet.config.in_channels:
         fail(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net takes {unet.config.in_channels}")
+    if (channels := (vae.config.in_channels, vae.config.out_channels)) != (3, 3):
+        fail(f"the VAE takes and gives {channels} channels, where pictures have 3")
     if vae.config.get("latents_mean"):
         fail("a VAE with latents_mean and latents_std is not supported")
 
@@ -903,8 +1110,8 @@ def starting_model(run):
         yield
         return
     models, args = run.models, run.args
-    path, source = (args.init_from, {}) if args.init_from else hub_source(args)
-    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **source)
+    path, source = (args.init_from, {"subfolder": "unet"}) if args.init_from else hub_source(args, "unet")
+    unet = load_part(UNet2DConditionModel, path, **source)
     unet.to(run.accelerator.device, models.vae.dtype).eval()
     run.nets["teacher"] = Denoiser(unet, unet, models.family)
     try:
@@ -1808,20 +2015,26 @@ def trim_metrics(run):
 
 def export(run):
     """Writes a LoRA, or a whole pipeline (EMA U-Net, matching scheduler) and `unet_online`; returns what to upload."""
-    args, output, models = run.args, Path(run.args.output_dir), run.models
+    output, models = Path(run.args.output_dir), run.models
     if models.adapters:
         return export_lora(run)
     models.student.save_pretrained(output / "unet_online")
-    family = models.family
-    try:  # unrounded, whatever the compute precision was
-        tokenizers, text_encoders, vae = load_frozen(args, family, torch.float32)
+    try:
+        pipe = assemble(run, models.target)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         models.target.save_pretrained(output / "unet")
         fail(f"the teacher cannot be read again ({first_line(error)}): {output} holds unet and unet_online alone")
-    parts = {**dict(zip(family.tokenizers, tokenizers, strict=True)), "vae": vae, "unet": models.target,
-             **dict(zip(family.encoders, text_encoders, strict=True)), "scheduler": models.scheduler}  # fmt: skip
-    family.pipeline(**parts, **family.pipeline_options(models.parts)).save_pretrained(output)
-    return ["model_index.json", "unet_online/*", *(f"{name}/*" for name in parts)]
+    pipe.save_pretrained(output)
+    return ["model_index.json", "unet_online/*", *(f"{name}/*" for name, part in pipe.components.items() if part)]
+
+
+def assemble(run, unet):
+    """The pipeline of a U-Net: the teacher's other parts, unrounded whatever the compute precision was."""
+    family = run.models.family
+    tokenizers, text_encoders, vae = load_frozen(run.args, family, torch.float32)
+    parts = {**dict(zip(family.tokenizers, tokenizers, strict=True)), "vae": vae, "unet": unet,
+             **dict(zip(family.encoders, text_encoders, strict=True)), "scheduler": run.models.scheduler}  # fmt: skip
+    return family.pipeline(**parts, **family.pipeline_options(run.models.parts))
 
 
 def sort_metadata(path):
@@ -1848,23 +2061,49 @@ def export_lora(run):
         pipeline.save_lora_weights(output, network_state(models, name), weight_name=file,
                                    unet_lora_adapter_metadata=metadata)  # fmt: skip
         sort_metadata(output / file)
-    tensors = {f"unet.{key}": value for key, value in network_state(models, "target").items()}
-    alphas = {f"lora_unet_{name.replace('.', '_')}.alpha": float(layer.lora_alpha["default"])
-              for name, layer in models.student.named_modules() if isinstance(layer, BaseTunerLayer)}  # fmt: skip
-    kohya = {key: torch.tensor(alphas[key]) if key in alphas else value
-             for key, value in convert_state_dict_to_kohya(tensors).items()}  # fmt: skip
     files["kohya"] = f"{output.resolve().name}_kohya.safetensors"
-    save_file(kohya, output / files["kohya"])
+    write_kohya(run, output / files["kohya"])
     models.scheduler.save_pretrained(output / "scheduler")
     if args.export_fused:
-        path, source = hub_source(args)
-        vae = load_frozen(args, models.family, torch.float32)[-1]  # perhaps another one than the teacher's
-        pipe = pipeline.from_pretrained(path, vae=vae, scheduler=models.scheduler, **source)
+        path, source = hub_source(args, "unet")
+        pipe = assemble(run, load_part(UNet2DConditionModel, path, **source))
         pipe.load_lora_weights(output, weight_name=files["target"])
         pipe.fuse_lora()
         pipe.unload_lora_weights()
         pipe.save_pretrained(output / "fused")
-    return [*files.values(), "scheduler/*", "fused/*"]
+    return [*(glob.escape(file) for file in files.values()), "scheduler/*", "fused/*"]
+
+
+def write_kohya(run, path):
+    """Writes the EMA adapter for ComfyUI, A1111 and sd-scripts, with metadata by which they show and sort it: kohya's,
+    and those of Stability's Model Metadata Standard.
+
+    All layers get one alpha, since diffusers misreads several; what is then missing in a layer's scale, its B takes.
+    """
+    args, family, unet, name = run.args, run.models.family, run.models.target, run.models.adapters["target"]
+    tensors, config = {}, unet.peft_config[name]
+    for layer, module in unet.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            key = kohya_name(layer, unet.config.layers_per_block if family.has_sgm_names else None)
+            factor = module.scaling[name] * module.r[name] / config.lora_alpha
+            tensors |= {f"{key}.lora_down.weight": module.lora_A[name].weight.detach().cpu().contiguous(),
+                        f"{key}.lora_up.weight": (module.lora_B[name].weight.detach() * factor).cpu().contiguous(),
+                        f"{key}.alpha": torch.tensor(float(config.lora_alpha))}  # fmt: skip
+    version, architecture = family.versions(unet, run.models.schedule.prediction_type)
+    content, is_v = save(tensors), run.models.schedule.prediction_type == "v_prediction"
+    header = int.from_bytes(content[:8], "little") + 8  # which the hash leaves out
+    about = {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2")), "ss_output_name": path.stem,
+             "ss_v_parameterization": str(is_v), "ss_sd_model_name": Path(args.pretrained_teacher_model).name,
+             "ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
+             "ss_network_alpha": f"{config.lora_alpha:g}", "modelspec.sai_model_spec": "1.0.0",
+             "modelspec.architecture": f"{architecture}/lora", "modelspec.title": path.parent.name,
+             "modelspec.implementation": "sgm" if family.has_sgm_names else "diffusers",
+             "modelspec.resolution": f"{args.resolution}x{args.resolution}",
+             "modelspec.prediction_type": "v" if is_v else "epsilon",
+             "modelspec.usage_hint": f"{METHOD.scheduler.__name__}, {usage(args, False)[0]}",
+             "modelspec.hash_sha256": "0x" + hashlib.sha256(content[header:]).hexdigest()}  # fmt: skip
+    save_file(tensors, path, metadata=about)
+    sort_metadata(path)
 
 
 def open_repository(args):
@@ -1899,10 +2138,13 @@ def example(run):
     call, words = usage(args, embeds_w)
     repository, scheduler = json.dumps(args.hub_model_id or args.output_dir), METHOD.scheduler.__name__
     if args.lora_rank:
-        load = f"""from diffusers import DiffusionPipeline, {scheduler}
+        kind, method = "DiffusionPipeline", "from_pretrained"
+        if os.path.isfile(args.pretrained_teacher_model):
+            kind, method = run.models.family.pipeline.__name__, "from_single_file"
+        load = f"""from diffusers import {kind}, {scheduler}
 
 repository = {repository}
-pipe = DiffusionPipeline.from_pretrained({json.dumps(args.pretrained_teacher_model)})
+pipe = {kind}.{method}({json.dumps(args.pretrained_teacher_model)})
 pipe.load_lora_weights(repository, weight_name="pytorch_lora_weights.safetensors")
 pipe.scheduler = {scheduler}.from_pretrained(repository, subfolder="scheduler")"""
         files = """`pytorch_lora_weights.safetensors` is the EMA adapter, `pytorch_lora_weights_online.safetensors` the
@@ -1928,7 +2170,7 @@ def model_card(run, has_samples):
     """The README.md of the exported model: usage, samples, arguments, base model and its licence."""
     args, base, licence = run.args, run.args.pretrained_teacher_model, "unknown"
     with contextlib.suppress(Exception):  # no card, or no network: the licence is then for the reader to look up
-        card = Path(base, "README.md") if os.path.isdir(base) else base
+        card = base if not os.path.exists(base) else Path(base, "README.md")  # of a single file: none
         licence = ModelCard.load(card, ignore_metadata_errors=True).data.license or licence
     kind, tags = ("LoRA", f"lora, {METHOD.tag}") if args.lora_rank else ("model", METHOD.tag)
     return f"""---
@@ -2245,8 +2487,9 @@ def log_metrics(run, clock, progress):
 # --------------------------------------------------------------------------------------------------------- arguments
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-PATHS = ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "cache_dir", "init_from", "init_lora",
-         "train_shards_path_or_url", "output_dir", "resume_from_checkpoint", "validation_prompts")  # fmt: skip
+PATHS = ("pretrained_teacher_model", "single_file_config", "pretrained_vae_model_name_or_path", "cache_dir",
+         "init_from", "init_lora", "train_shards_path_or_url", "output_dir", "resume_from_checkpoint",
+         "validation_prompts")  # fmt: skip
 LORA_FLAGS = ("init_lora", "lora_alpha", "lora_dropout", "lora_target_modules", "export_fused")
 
 
@@ -2273,8 +2516,11 @@ def sizes(text):
 def add_model_args(parser):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", "--pretrained_model_name_or_path", required=True,
-        help="hub id or folder of the pipeline to distil, or to start from: SD 1.x, 2.x or XL")  # fmt: skip
-    add("--pretrained_vae_model_name_or_path", help="another VAE: hub id or folder")
+        help="SD 1.x, 2.x or XL to distil, or to start from: hub id, folder or .safetensors file")  # fmt: skip
+    add("--single_file_config", help="hub id or folder with the configuration that belongs to that file (default: the "
+        "original model's, from the hub)")  # fmt: skip
+    add("--variant", help="weights of the teacher to take (default: the plain ones; fp16 if there are no others)")
+    add("--pretrained_vae_model_name_or_path", help="another VAE: hub id, folder or .safetensors file")
     add("--teacher_revision", help="revision of the teacher's repository")
     add("--revision", help="revision of the VAE's repository (--pretrained_vae_model_name_or_path)")
     add("--cache_dir", help="where downloaded models are kept")
@@ -2296,7 +2542,7 @@ def add_lora_args(parser):
     add("--lora_dropout", type=number(float, 0, 1), default=0.0, help="dropout of the adapter's input")
     add("--lora_target_modules", nargs="+", metavar="NAME", help="layers, by the end of their names (default: "
         "attention, feed-forward, convolutions, time projections)")  # fmt: skip
-    add("--init_lora", help="go on from this LoRA: hub id, folder or file; its rank and layers count")
+    add("--init_lora", help="go on from this LoRA: hub id, folder or file; its ranks, alphas and layers count")
     add("--base_precision", default="none", choices=["none", "int8", "nf4"], help="quantise the base (bitsandbytes)")
     add("--export_fused", action="store_true", help="also a whole pipeline with the adapter merged, in fused/")
 
@@ -2388,6 +2634,11 @@ def check_args(parser, args):
         parser.error(f"--use_8bit_adam is --optimizer adamw8bit, not {args.optimizer}")
     if args.mixed_precision not in DTYPES:
         parser.error(f"--mixed_precision {args.mixed_precision}, as accelerate's configuration says, is not supported")
+    is_file = os.path.isfile(args.pretrained_teacher_model)
+    if args.single_file_config and not is_file or args.variant and is_file:
+        parser.error("--single_file_config is for a teacher that is one file, and --variant for one that is not")
+    if args.init_from and args.init_lora:
+        parser.error("--init_from of a LoRA is --init_lora: give one of them")
     if args.init_from and not Path(args.init_from).is_dir():
         parser.error(f"--init_from {args.init_from} is no folder")
     if args.offload_ema and (args.lora_rank or not args.ema_decay):
@@ -2433,7 +2684,7 @@ def parse_args(argv=None):
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.lora_rank else 8e-6
     if args.init_from and args.lora_rank:
-        args.init_lora = args.init_lora or args.init_from
+        args.init_lora = args.init_from
     if args.cast_teacher_unet is None:
         args.cast_teacher_unet = args.mixed_precision != "no"
     if args.validation_resolutions is None:
@@ -2508,8 +2759,10 @@ def make_accelerator(args):
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.WARNING if accelerator.is_main_process else logging.ERROR)
         library.utils.logging.disable_progress_bar()
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if args.allow_tf32 or args.mixed_precision != "no":  # else PyTorch's default: TF32 for convolutions alone
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if args.deterministic:
@@ -2550,6 +2803,10 @@ def make_optimizer(args, parameters, num_processes):
 
 def start_run(args, accelerator):
     """Checks the inputs, loads models, data and checkpoint, and returns the Run."""
+    if os.path.isfile(args.pretrained_teacher_model):
+        if accelerator.is_main_process:
+            unpack_teacher(args)
+        accelerator.wait_for_everyone()
     teacher = check_teacher(args)
     load_prompts(args)
     urls = expand_shards(args.train_shards_path_or_url)
@@ -2624,6 +2881,8 @@ def main(argv=None):
         run.reader.close()
         if accelerator.is_main_process:
             publish(run, export(run))
+            if os.path.isfile(args.pretrained_teacher_model):
+                shutil.rmtree(hub_source(args)[0])
         accelerator.end_training()
     except torch.OutOfMemoryError as error:
         fail(f"out of device memory: {first_line(error)} Try {', '.join(memory_savers(args))}")

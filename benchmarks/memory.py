@@ -279,13 +279,14 @@ class Count:
         raise Finished
 
 
-def from_config(kind, path, subfolder=None, torch_dtype=None, dtype=None, **_):
+def from_config(kind, path, subfolder=None, torch_dtype=None, dtype=None, output_loading_info=False, **_):
     """Stands in for from_pretrained: a model of the configuration in a folder, without its weights."""
     if hasattr(kind, "load_config"):
         model = kind.from_config(kind.load_config(path, subfolder=subfolder))
     else:
         model = kind(kind.config_class.from_pretrained(path, subfolder=subfolder))
-    return model.to(torch_dtype or dtype or torch.float32)
+    model = model.to(torch_dtype or dtype or torch.float32)
+    return (model, {}) if output_loading_info else model
 
 
 def copy_model(plain, value, *args):

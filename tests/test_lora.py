@@ -442,7 +442,7 @@ def test_init_lora_is_trained_and_exported(trained, train, tmp_path, file):
 def test_init_lora_whose_layers_have_ranks_and_alphas_of_their_own(trained, train, pipes, tmp_path):
     """As kohya's trainer writes them: convolutions of another rank and alpha than the rest."""
     tensors = load_file(trained[0] / "my-lora_kohya.safetensors")
-    for key in [key for key in tensors if key.endswith("conv1.lora_down.weight")]:
+    for key in [key for key in tensors if key.endswith(("conv1.lora_down.weight", "in_layers_2.lora_down.weight"))]:
         layer = key.removesuffix(".lora_down.weight")
         tensors[key], tensors[f"{layer}.alpha"] = tensors[key][:2].clone(), torch.tensor(1.0)
         tensors[f"{layer}.lora_up.weight"] = tensors[f"{layer}.lora_up.weight"][:, :2].clone()

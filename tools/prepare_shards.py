@@ -34,6 +34,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -62,6 +63,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from diffusers import AutoencoderKL
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from safetensors.torch import save as save_tensors
 from tqdm.auto import tqdm
@@ -88,6 +90,13 @@ SECRET = {"train_shards_path_or_url", "encode"}  # flags that may hold one
 
 
 # Copied from the engine
+logger = logging.getLogger("train")
+# Copied from the engine
+QUIET = ("diffusers.models.modeling_utils", "diffusers.loaders.lora_base", "transformers.modeling_utils",
+         "transformers.distributed.tensor_parallel")  # fmt: skip
+
+
+# Copied from the engine
 def fail(message):
     """Ends the process with one line that says what to do, instead of a traceback."""
     raise SystemExit(f"error: {message}")
@@ -96,6 +105,13 @@ def fail(message):
 # Copied from the engine
 def first_line(error):
     """The first line of what an exception says, or its kind where it says nothing."""
+    for cause in (error, error.__context__):  # of which the libraries say that a file is missing
+        if isinstance(cause, LocalEntryNotFoundError):
+            return "it is no folder or file here, is not whole in the cache, and the hub cannot be reached"
+        if isinstance(cause, HFValidationError):
+            return "it is no folder or file here, and cannot be the name of a repository"
+        if isinstance(cause, NotImplementedError) and "meta tensor" in str(cause):  # one that was given no values
+            return "it does not hold all tensors of the model"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -1089,6 +1105,56 @@ def prepare_sample(item, args):
 
 
 # -------------------------------------------------------------------------------------------------------- encoding
+# Copied from the engine
+def check_tensors(where, network, report):
+    """Raises ValueError for a network that was not given all its tensors: the libraries make up the others."""
+    empty = (name for name, value in network.named_parameters() if value.is_meta)
+    lacking = {*empty, *report.get("missing_keys", ()), *(key for key, *_ in report.get("mismatched_keys", ()))}
+    if lacking:
+        what = f"{len(lacking)} tensors of a {type(network).__name__}"
+        raise ValueError(f"{where}: {what} are missing or misshapen, such as {min(lacking)}")
+    if unused := report.get("unexpected_keys"):
+        logger.warning("%s: %d tensors are not used, such as %s", where, len(unused), min(unused))
+
+
+# Copied from the engine
+def load_part(kind, path, variant=None, **options):
+    """Loads a frozen network of class `kind` from a folder, a hub repository or, with a `config`, from one file.
+
+    Where there are fp16 weights alone, those. Raises OSError, or ValueError where the files do not hold all of it.
+    """
+    where, report, errors = f"{path}/{options.get('subfolder', '')}", {}, []
+    for name in [variant] if variant else [None, "fp16"]:
+        try:
+            if "config" in options:
+                network = kind.from_single_file(path, **options)
+            else:
+                network, report = kind.from_pretrained(path, variant=name, output_loading_info=True,
+                                                       ignore_mismatched_sizes=True, **options)  # fmt: skip
+            break
+        except OSError as error:
+            errors.append(error)
+    else:
+        raise errors[0]
+    if errors:
+        logger.warning("%s holds fp16 weights alone: they are used", where)
+    check_tensors(where, network, report)
+    return network.requires_grad_(False)
+
+
+# Copied from the engine
+def load_tokenizer(path, encoder, **source):
+    """Loads a text encoder's tokenizer. Raises ValueError for one that knows no words, which transformers makes of a
+    folder without the file.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, **source)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("a tokenizer knows no words, only its special tokens: are files missing?")
+    longest = encoder.config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)  # which is 1e30 where its files do not say
+    return tokenizer
+
+
 class Encoder:
     """The VAE and the text encoder(s) of a pipeline; called with samples, gives the bytes of their encoded members."""
 
@@ -1096,7 +1162,7 @@ class Encoder:
         self.args, self.device = args, device
         try:
             self.load(args, DTYPES[args.mixed_precision])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             fail(f"--encode {args.encode} cannot be loaded: {first_line(error)}")
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         flag = "bucket_step" if args.buckets else "resolution"
@@ -1113,24 +1179,29 @@ class Encoder:
         config says `force_upcast` (true by default, but meant for SDXL alone).
         """
         source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+        for name in QUIET:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        if os.path.isfile(args.encode):
+            raise ValueError("it is one file; give a folder, as save_pretrained of a pipeline writes it")
         parts = diffusers.DiffusionPipeline.load_config(args.encode, **source)
         names = [name for name in ("text_encoder", "text_encoder_2") if parts.get(name, [None])[0]]
         kinds = [CLIPTextModel, CLIPTextModelWithProjection][: len(names)]
         if [parts[name][1] for name in names] != [kind.__name__ for kind in kinds] or "text_encoder" not in names:
             fail(f"--encode {args.encode}, a {parts.get('_class_name')}, is no SD 1.x, 2.x or SDXL text-to-image model")
-        self.text_encoders = [kind.from_pretrained(args.encode, subfolder=name, dtype=dtype, **source)
+        self.text_encoders = [load_part(kind, args.encode, subfolder=name, dtype=dtype, **source)
                               for kind, name in zip(kinds, names, strict=True)]  # fmt: skip
-        self.tokenizers = [AutoTokenizer.from_pretrained(args.encode, subfolder=name, **source)
-                           for name in ("tokenizer", "tokenizer_2")[: len(names)]]  # fmt: skip
-        if args.pretrained_vae_model_name_or_path:
-            self.vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, revision=args.revision,
-                                                     cache_dir=args.cache_dir)  # fmt: skip
+        self.tokenizers = [load_tokenizer(args.encode, encoder, subfolder=name, **source) for name, encoder
+                           in zip(("tokenizer", "tokenizer_2"), self.text_encoders, strict=False)]  # fmt: skip
+        if vae := args.pretrained_vae_model_name_or_path:
+            self.vae = load_part(AutoencoderKL, vae, revision=args.revision, cache_dir=args.cache_dir)
+        elif (kind := (parts.get("vae") or [None, None])[1]) == "AutoencoderKL":
+            self.vae = load_part(AutoencoderKL, args.encode, subfolder="vae", **source)
         else:
-            self.vae = AutoencoderKL.from_pretrained(args.encode, subfolder="vae", **source)
+            raise ValueError(f"its vae is a {kind}, not an AutoencoderKL")
         is_fragile = len(names) > 1 and self.vae.config.get("force_upcast")
         self.vae.to(torch.float32 if is_fragile else dtype)
         for model in (self.vae, *self.text_encoders):
-            model.to(self.device).requires_grad_(False).eval()
+            model.to(self.device).eval()
         self.vae.to(memory_format=torch.channels_last)
 
     def encode_captions(self, captions):
