@@ -297,14 +297,6 @@ NETWORKS = ("student", "target")  # what is trained, kept in checkpoints and exp
 # what these say of dropped tensors, check_tensors and load_adapter say; the others of their lines are of no use
 QUIET = ("diffusers.models.modeling_utils", "diffusers.loaders.lora_base", "transformers.modeling_utils",
          "transformers.distributed.tensor_parallel")  # fmt: skip
-SGM_LAYERS = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
-              "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
-              "add_embedding.linear_2": "label_emb.0.2", "resnets.time_emb_proj": "emb_layers.1",
-              "resnets.conv1": "in_layers.2", "resnets.conv2": "out_layers.3",
-              "resnets.conv_shortcut": "skip_connection", "downsamplers.conv": "op"}  # fmt: skip
-OTHER_ADAPTERS = {"dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA", "hada_": "a LoHa", "lokr_": "a LoKr",
-                  "oft_": "an OFT", "lora_mid": "a LoCon with a Tucker core", ".diff": "one of whole differences",
-                  "bias": "a LoRA with biases", "on_input": "an (IA)³", "vera_": "a VeRA"}  # fmt: skip
 
 
 def fail(message):
@@ -787,6 +779,16 @@ def load_unets(args, family, dtype):
     student = make_student(source, args)
     target = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
     return teacher.to(dtype).eval() if METHOD.has_teacher else None, student, target, {}
+
+
+SGM_LAYERS = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+              "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+              "add_embedding.linear_2": "label_emb.0.2", "resnets.time_emb_proj": "emb_layers.1",
+              "resnets.conv1": "in_layers.2", "resnets.conv2": "out_layers.3",
+              "resnets.conv_shortcut": "skip_connection", "downsamplers.conv": "op"}  # fmt: skip
+OTHER_ADAPTERS = {"dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA", "hada_": "a LoHa", "lokr_": "a LoKr",
+                  "oft_": "an OFT", "lora_mid": "a LoCon with a Tucker core", ".diff": "one of whole differences",
+                  "bias": "a LoRA with biases", "on_input": "an (IA)³", "vera_": "a VeRA"}  # fmt: skip
 
 
 def kohya_name(layer, sgm_depth=None):
