@@ -483,8 +483,8 @@ def test_init_lora_that_is_none(trained, start, tmp_path, file):
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_quantised_base_needs_a_gpu(start, precision):
+def test_quantised_base_needs_a_gpu(train, tmp_path, precision):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with ends_with(f"--base_precision {precision} needs a GPU"):
-        start("--base_precision", precision)
+        train(tmp_path, "--base_precision", precision)
