@@ -1,12 +1,11 @@
 """The copy check on this repository, and how a script is laid out."""
 
-import argparse
 import ast
 import re
 import shutil
 
 import pytest
-from conftest import ROOT, SCRIPTS, get_script, load_script
+from conftest import ROOT, SCRIPTS, load_script
 
 FIRST, SECOND, TOOL = "train_cd_multiboundary.py", "train_ct.py", "tools/prepare_shards.py"
 copies = load_script(ROOT / "tools" / "copies.py")
@@ -245,25 +244,6 @@ def test_every_function_of_the_engine_and_of_the_mathematics_is_used():
 def test_no_function_is_longer_than_sixty_lines(name):
     nodes = [node for tree in TREES[name].values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert {node.name: length for node in nodes if (length := node.end_lineno - node.lineno + 1) > 60} == {}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_flag_is_read(name):
-    nodes = [node for tree in TREES[name].values() for node in ast.walk(tree)]
-    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
-    by_name = {value for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LORA_FLAGS"
-               for value in ast.literal_eval(node.value)}  # fmt: skip
-    assert {action.dest for action in parser_of(name)._actions} - {"help"} - read == set()
-    assert by_name <= {action.dest for action in parser_of(name)._actions}
-
-
-def parser_of(name):
-    """The parser of a script, as parse_args makes it."""
-    made, plain = [], argparse.ArgumentParser.parse_args
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *a: made.append(self) or plain(self, *a))
-        get_script(name).parse_args(["--pretrained_teacher_model", "t", "--train_shards_path_or_url", "s"])
-    return made[0]
 
 
 def test_the_two_lora_scripts_differ_from_the_whole_ones_in_words_and_defaults():
