@@ -1063,10 +1063,12 @@ def read_members(stream, url):
             shard.members = []  # tarfile would keep them all
         if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
             raise OSError("the archive ends early")
-        while data := shard.fileobj.read(1 << 16):
-            if data.strip(b"\0"):
-                yield {}  # the last sample is whole
-                raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
+        yield {}  # the last sample is whole, whatever follows
+        rest = iter(functools.partial(shard.fileobj.read, 1 << 16), b"")
+        is_joined = any(data.strip(b"\0") for data in rest)
+        unpacked = getattr(getattr(shard.fileobj, "cmp", None), "unused_data", b"")  # a gzip's 8 bytes, and another one
+        if is_joined or unpacked[8:].strip(b"\0"):
+            raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
 
 
 def read_shard(url, timeout, tries=3):
@@ -1794,6 +1796,17 @@ def export(run):
     return ["model_index.json", "unet_online/*", *(f"{name}/*" for name in parts)]
 
 
+def sort_metadata(path):
+    """Sorts the metadata of a safetensors file, which has them in any order: equal exports are equal bytes."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors that follow are aligned
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
 def export_lora(run):
     """Writes the EMA adapter for diffusers and for ComfyUI / A1111, the online one, and the scheduler; with
     --export_fused a whole pipeline too. Returns what to upload.
@@ -1806,6 +1819,7 @@ def export_lora(run):
     for name, file in files.items():
         pipeline.save_lora_weights(output, network_state(models, name), weight_name=file,
                                    unet_lora_adapter_metadata=metadata)  # fmt: skip
+        sort_metadata(output / file)
     tensors = {f"unet.{key}": value for key, value in network_state(models, "target").items()}
     alphas = {f"lora_unet_{name.replace('.', '_')}.alpha": float(layer.lora_alpha["default"])
               for name, layer in models.student.named_modules() if isinstance(layer, BaseTunerLayer)}  # fmt: skip
@@ -2364,7 +2378,7 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@",
         usage="%(prog)s --pretrained_teacher_model MODEL --train_shards_path_or_url SHARDS [flags] [@file-with-flags]",
     )  # fmt: skip
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line.removeprefix("\ufeff"), comments=True)
     parser.set_defaults(unet_time_cond_proj_dim=None, from_scratch=False, dropout=None)  # if a method has no such flag
     groups = add_model_args, add_lora_args, add_data_args, add_method_args, add_training_args, add_output_args
     for add_group in groups:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -306,6 +308,44 @@ def run_main(script, arguments):
         logging.root.handlers = loggers
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def watch_the_end(script):
+    """Makes a run write, for each rank, a digest of its student and target, and its cursors."""
+
+    def train(run, plain=script.train):
+        plain(run)
+        networks = (script.network_state(run.models, name) for name in ("student", "target"))
+        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for net in networks for value in net.values()))
+        path = f"{run.args.output_dir}-rank{run.accelerator.process_index}"
+        Path(path).write_text(f"{digest.hexdigest()} {run.reader.cursors}")
+
+    script.train = train
+
+
+def run_rank(name, arguments, environment):
+    """A run as torchrun would start it, in a fork of this process, which has imported everything."""
+    os.environ.update(environment)
+    watch_the_end(get_script(name))
+    run_main(get_script(name), arguments)
+
+
+def run_two(name, arguments):
+    """Runs a script in two processes that train together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [FORK.Process(target=run_rank, args=(name, arguments, {**common, "RANK": rank, "LOCAL_RANK": rank}))
+             for rank in ("0", "1")]  # fmt: skip
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0, 0]
 
 
 @pytest.fixture
