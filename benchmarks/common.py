@@ -73,9 +73,10 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def matmul_rate(device, dtype, clock=time.perf_counter, repeats=9):
+def matmul_rate(device, dtype, clock=time.perf_counter, repeats=9, side=None):
     """FLOP/s of a large matrix product of random numbers: the median of `repeats`."""
-    side, calls = (8192, 10) if device.type == "cuda" else (2048, 1)
+    is_cuda = device.type == "cuda"
+    side, calls = side or (8192 if is_cuda else 2048), 10 if is_cuda else 1
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(repeats + 3):

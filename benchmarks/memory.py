@@ -196,7 +196,10 @@ class LiveBytes(TorchDispatchMode):
             self.reads[self.line()] += 1
             return 0.0 if args[0].is_floating_point() else 0
         result = function(*args, **(kwargs or {}))
-        torch.utils._pytree.tree_map_only(torch.Tensor, self.note, result)
+        if torch.is_tensor(result):
+            self.note(result)
+        else:
+            torch.utils._pytree.tree_map_only(torch.Tensor, self.note, result)
         return result
 
 
