@@ -1179,10 +1179,12 @@ def read_members(stream, url):
             shard.members = []  # tarfile would keep them all
         if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
             raise OSError("the archive ends early")
-        while data := shard.fileobj.read(1 << 16):
-            if data.strip(b"\0"):
-                yield {}  # the last sample is whole
-                raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
+        yield {}  # the last sample is whole, whatever follows
+        rest = iter(functools.partial(shard.fileobj.read, 1 << 16), b"")
+        is_joined = any(data.strip(b"\0") for data in rest)
+        unpacked = getattr(getattr(shard.fileobj, "cmp", None), "unused_data", b"")  # a gzip's 8 bytes, and another one
+        if is_joined or unpacked[8:].strip(b"\0"):
+            raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
 
 
 def read_shard(url, timeout, tries=3):
@@ -2492,7 +2494,7 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@",
         usage="%(prog)s --pretrained_teacher_model MODEL --train_shards_path_or_url SHARDS [flags] [@file-with-flags]",
     )  # fmt: skip
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line.removeprefix("\ufeff"), comments=True)
     parser.set_defaults(unet_time_cond_proj_dim=None, from_scratch=False, dropout=None)  # if a method has no such flag
     groups = add_model_args, add_lora_args, add_data_args, add_method_args, add_training_args, add_output_args
     for add_group in groups:

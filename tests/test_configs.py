@@ -147,6 +147,23 @@ def test_slurm_script_that_fails_or_ends_is_not_requeued(slurm, tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
+@pytest.mark.parametrize(("node", "given", "interface"), [(0, "", "ib1"), (1, "", "eth0"), (1, "bond0", "bond0")])
+def test_slurm_script_tells_gloo_the_interface_to_another_node(slurm, tmp_path, node, given, interface):
+    stand_ins = {
+        "torchrun": 'echo "$GLOO_SOCKET_IFNAME"',
+        "scontrol": "printf 'a0\\na1\\n'",
+        "getent": 'echo "10.0.0.${2#a} STREAM $2"',
+        "ip": '[[ $4 = *.1 ]] && dev=ib1 || dev=eth0; echo "$4 dev $dev src 10.0.0.9 uid 0 \\    cache"',
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {**slurm, "SLURM_NNODES": "2", "SLURM_NODEID": str(node), "GLOO_SOCKET_IFNAME": given}
+    command = ["bash", str(CONFIGS / "slurm_multi_node.sh"), "script.py"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr) == (f"{interface}\n", "")
+
+
 # --------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -185,7 +185,7 @@ def parse_args(argv=None):
         usage="%(prog)s (--image_folder DIR | --dataset PATH | --train_shards_path_or_url SHARDS) "
               "(--output_dir DIR | --check) [flags]",
     )  # fmt: skip
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line.removeprefix("\ufeff"), comments=True)
     for add_group in (add_source_args, add_picture_args, add_encode_args, add_output_args):
         add_group(parser)
     try:
@@ -204,6 +204,8 @@ def parse_args(argv=None):
         parser.error(f"--resolution {args.resolution} is no multiple of --bucket_step {args.bucket_step}")
     if args.center_crop and not args.encode and not args.aspect_ratio_buckets:
         parser.error("--center_crop needs --aspect_ratio_buckets or --encode; otherwise pictures are stored uncropped")
+    if (args.min_megapixels or 0) > (math.inf if args.max_megapixels is None else args.max_megapixels):
+        parser.error("--min_megapixels is larger than --max_megapixels")
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.mixed_precision not in DTYPES:
@@ -332,10 +334,12 @@ def read_members(stream, url):
             shard.members = []  # tarfile would keep them all
         if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
             raise OSError("the archive ends early")
-        while data := shard.fileobj.read(1 << 16):
-            if data.strip(b"\0"):
-                yield {}  # the last sample is whole
-                raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
+        yield {}  # the last sample is whole, whatever follows
+        rest = iter(functools.partial(shard.fileobj.read, 1 << 16), b"")
+        is_joined = any(data.strip(b"\0") for data in rest)
+        unpacked = getattr(getattr(shard.fileobj, "cmp", None), "unused_data", b"")  # a gzip's 8 bytes, and another one
+        if is_joined or unpacked[8:].strip(b"\0"):
+            raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
 
 
 # Copied from the engine
@@ -574,6 +578,7 @@ def read_csv(path):
     first, header = next((line for line in text.splitlines() if line.strip()), ""), None
     fits = (mark for mark in ",;\t|" if "file_name" in [cell.strip(" \"'").lower() for cell in first.split(mark)])
     separator = named[1] if named else next((mark for mark in fits if mark in first), ",")
+    csv.field_size_limit(MAX_MEMBER_BYTES)  # a process has one
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
         for cells in reader:
@@ -616,18 +621,19 @@ def read_coco(path, bad):
     """Reads a COCO caption file; returns {file name as it stands there: captions}; counts in `bad`."""
     try:
         content = json.loads(read_file(path, "--coco_annotations "))
-        images = {str(image["id"]): image["file_name"] for image in content["images"]}
+        images = {str(image["id"]): image["file_name"] for image in content["images"] if image["file_name"]}
         notes = [(str(note["image_id"]), note.get("caption")) for note in content["annotations"]]
         if notes and not any("caption" in note for note in content["annotations"]):
             raise KeyError("caption")
     except (ValueError, RecursionError) as error:
         fail(f"--coco_annotations {path} cannot be read: {error}")
     except (KeyError, TypeError, AttributeError) as error:
-        fail(f"--coco_annotations {path} holds no captions as captions_train2017.json has them: no {error}")
+        what = f"no {error}" if isinstance(error, KeyError) else "it is built in another way"
+        fail(f"--coco_annotations {path} holds no captions as captions_train2017.json has them: {what}")
     for image in content["images"]:
-        if images[str(image["id"])] != image["file_name"]:
-            fail(f"--coco_annotations {path}: the id {image['id']} stands for {image['file_name']} and for "
-                 f"{images[str(image['id'])]}")  # fmt: skip
+        name, same = image["file_name"], images.get(str(image["id"]))
+        if name and name != same:
+            fail(f"--coco_annotations {path}: the id {image['id']} stands for {name} and for {same}")
     found = {str(name): [] for name in images.values()}
     for key, caption in notes:
         if key in images:
@@ -825,15 +831,13 @@ def open_table(path):
 def choose_columns(schema, path, args):
     """The names of a table's columns of pictures and of captions, the latter or None. Fails where it has none."""
     kinds = {field.name: str(field.type) for field in schema}
-    named = [name for name in kinds if name.lower() in ("image", "img", "picture", *IMAGE_MEMBERS)]
-    found = [
-        name for name, kind in kinds.items() if re.match(r"struct<(.*, )?bytes: (large_)?binary", kind)
-    ]  # datasets'
-    found = found or [name for name in named if kinds[name] in ("binary", "large_binary")]
-    found = found or [name for name in named if kinds[name] in ("string", "large_string")]
+    structs, flat, paths = ([name for name, kind in kinds.items() if re.match(wanted, kind)] for wanted in (
+        r"struct<(.*, )?bytes: (large_)?binary", "(large_)?binary", "(large_)?string"))  # fmt: skip
+    named = {name for name in kinds if name.lower() in ("image", "img", "picture", *IMAGE_MEMBERS)}
+    found = structs or [name for name in flat if name in named] or [name for name in paths if name in named]
     image = args.image_column or (found[0] if len(found) == 1 else None)
-    if image not in kinds:
-        may_be = " or ".join(found) or "none is known by type and name"
+    if image not in (*structs, *flat, *paths):
+        may_be = " or ".join(found or structs + flat) or "none of these holds pictures or paths of pictures"
         fail(f"--dataset {path} needs an --image_column ({may_be}); columns: {', '.join(kinds) or 'none'}")
     caption = args.caption_column or next((name for name in (*CAPTION_COLUMNS, "txt") if name in kinds), None)
     if caption not in kinds and (args.caption_column or args.default_caption is None):
@@ -847,6 +851,8 @@ def list_tables(args):
     for path in map(Path, args.dataset):
         files += table_files(path) if path.is_dir() else [path]
     for path in files:
+        if path.suffix not in (".parquet", ".arrow", ".feather"):
+            fail(f"--dataset {path} is no folder, and no .parquet or .arrow file")
         try:
             choose_columns(open_table(path)[0], path, args)
         except (OSError, ValueError) as error:  # pyarrow's among them
@@ -864,10 +870,17 @@ def picture_bytes(value, folder):
         raise BadSample("no image", "the row has none")
     if "://" in name:
         raise BadSample("no image", f"{redact(name)} is to be downloaded first, by img2dataset for example")
-    path = Path(folder, name)
-    if not path.is_file() or path.stat().st_size > MAX_MEMBER_BYTES:
-        raise BadSample("no image", f"{path} is no file" if not path.is_file() else f"{path} is too large")
-    return path.read_bytes()
+    path, problem = Path(folder, name), None
+    try:
+        problem = (
+            "is no file" if not path.is_file() else "is too large" if path.stat().st_size > MAX_MEMBER_BYTES else ""
+        )
+        data = b"" if problem else path.read_bytes()
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        raise BadSample("no image", f"{name[:200]!r} {problem}")
+    return data
 
 
 def read_table(path, args):
@@ -1024,7 +1037,7 @@ def check_area(width, height, args):
         "above max_megapixels": args.max_megapixels is not None and found > args.max_megapixels,
     }.items():
         if is_bad:
-            raise BadSample(flag, f"{width}x{height}, {found:.2f} megapixels")
+            raise BadSample(flag, f"{width}x{height}, {found:.4g} megapixels")
 
 
 def crop_sample(data, source, args):
