@@ -616,12 +616,6 @@ def test_help_and_a_refusal_are_all_that_is_printed(tiny, shards, tmp_path):
         assert re.fullmatch(out, found[0], re.DOTALL) and re.fullmatch(error, found[1]), found
 
 
-def test_two_processes_by_torchrun(tiny, shards, tmp_path):
-    result = run_script(tiny_args(tiny, shards, tmp_path, "--max_train_steps", "1"), processes=2)
-    assert result.returncode == 0, result.stderr
-    assert len(read_metrics(tmp_path)) == 1 and (tmp_path / "model_index.json").is_file()
-
-
 # ------------------------------------------------------------------------------------------------ errors at the start
 
 
