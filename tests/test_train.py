@@ -528,7 +528,8 @@ def test_every_flag_is_read_and_none_is_lost(case):
     flags, reads = flags_of_the_script(case.path)
     assert len(flags) == len(set(flags)) and set(flags) >= {*KNOWN.split(), *KNOWN_OF[case.name].split()}
     assert not set(flags) - reads, "flags that nothing reads"
-    assert reads - set(flags) <= {"unet_time_cond_proj_dim", "from_scratch", "dropout", "w_max"}, "reads of no flag"
+    others = {"unet_time_cond_proj_dim", "from_scratch", "dropout", "w_max"}  # flags of some methods
+    assert reads - set(flags) <= {*others, "bucketed_shards"}, "reads of no flag"
 
 
 @over(SCRIPTS)
@@ -610,15 +611,9 @@ def test_help_and_a_refusal_are_all_that_is_printed(tiny, shards, tmp_path):
     started = [subprocess.Popen([sys.executable, str(SCRIPT), *arguments, *more], env=environment, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for more in wanted]  # fmt: skip
     for process, (code, out, error) in zip(started, wanted.values(), strict=True):
-        found = process.communicate(timeout=120)
+        found = process.communicate(timeout=600)
         assert process.returncode == code, found
         assert re.fullmatch(out, found[0], re.DOTALL) and re.fullmatch(error, found[1]), found
-
-
-def test_two_processes_by_torchrun(tiny, shards, tmp_path):
-    result = run_script(tiny_args(tiny, shards, tmp_path, "--max_train_steps", "1"), processes=2)
-    assert result.returncode == 0, result.stderr
-    assert len(read_metrics(tmp_path)) == 1 and (tmp_path / "model_index.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------ errors at the start
