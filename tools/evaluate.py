@@ -634,6 +634,14 @@ def call_pipeline(pipe, row, batch, run, steps):
                 generator=generators, **options).images  # fmt: skip
 
 
+def warm_up(pipe, row, batch, run):
+    """The first call is slow, and not to be timed. It also shows whether the pipeline takes what it is given."""
+    try:
+        call_pipeline(pipe, row, batch, run, min(row.steps, 2))
+    except (TypeError, ValueError) as error:  # of a size, a scheduler or a pipeline that is not text-to-image
+        fail(f"row {row.label} cannot be drawn: {first_line(error)}")
+
+
 def draw_batch(pipe, row, batch, run, counts):
     """Draws and saves pictures, and notes how long the drawing took: text encoder, network and VAE."""
     counts["evaluations"], begun = 0, time.perf_counter()
@@ -667,8 +675,8 @@ def draw_rows(run):
                 gc.collect()
                 pipe, loaded = load_pipeline(row, run), source
                 count_evaluations(pipe, counts)
-            if mine:  # the first call is slow, and is not what is timed
-                call_pipeline(pipe, row, mine[0], run, min(row.steps, 2))
+            if mine:
+                warm_up(pipe, row, mine[0], run)
             for batch in mine:
                 bar.set_postfix_str(row.label, refresh=False)
                 draw_batch(pipe, row, batch, run, counts)
@@ -729,14 +737,15 @@ def load_judge(kind, name, device):
 
 
 def load_vision_model(name, device):
-    """The pooled output of a vision model of transformers, CLIP's image tower, DINOv2, …: (batch, width)."""
-    is_clip = transformers.AutoConfig.from_pretrained(name).model_type == "clip"
-    kind = transformers.CLIPVisionModelWithProjection if is_clip else transformers.AutoModel
-    processor, model = transformers.AutoImageProcessor.from_pretrained(name), load_judge(kind, name, device)
+    """The pooled output of a vision model of transformers, DINOv2 for example, or CLIP's embedding: (batch, width)."""
+    processor = transformers.AutoImageProcessor.from_pretrained(name)
+    model = load_judge(transformers.AutoModel, name, device)
+    is_clip = isinstance(model, transformers.CLIPModel)
 
     def look(images, _prompts):
-        output = model(pixel_values=processor(images=images, return_tensors="pt")["pixel_values"].to(device))
-        return output.image_embeds if is_clip else output.pooler_output
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
+        pooled = (model.vision_model if is_clip else model)(pixel_values=pixels).pooler_output
+        return model.visual_projection(pooled) if is_clip else pooled
 
     return look
 
@@ -971,11 +980,14 @@ def pair_figures(run, sets):
         reference = sets[0].load(index)
         return [compare_pair(pictures.load(index), reference) for pictures in sets[1:]]
 
+    values = np.zeros((len(run.items), len(sets) - 1, 3))
     with ThreadPoolExecutor() as pool, run.bar(len(run.items), "picture", "PSNR") as bar:
-        values = np.array([found for found in pool.map(compare, range(len(run.items))) if not bar.update()])
+        for index, found in enumerate(pool.map(compare, range(len(run.items)))):
+            values[index] = np.reshape(found, (-1, 3))
+            bar.update()
     figures = [{}]
-    for row_values in np.moveaxis(values.reshape(len(run.items), len(sets) - 1, 3), 1, 0):
-        means = prompt_means(run, row_values)
+    for row in range(len(sets) - 1):
+        means = prompt_means(run, values[:, row])
         sharpness = bootstrap(means, lambda mean: mean[1] / max(mean[2], 1e-12))
         figures.append({"psnr": bootstrap(means), "sharpness": sharpness})
     return figures
@@ -1037,10 +1049,10 @@ def check_stability(run, look, values, reference, found):
                             f"not stable; draw more than {2 * width}")  # fmt: skip
     index = next((i for i, row in enumerate(run.rows) if row.stream or look.is_real), None)
     if index is not None and len(values[index]) >= 4:
-        whole, half = found[index][look.figures[0]]["value"], frechet_distance(values[index][::2], reference[::2])
+        half, whole = frechet_distance(values[index][::2], reference[::2]), found[index][look.figures[0]]["value"]
         if abs(half - whole) > 0.1 * whole:
-            run.warnings.append(f"{title} depends on the number of pictures: {run.rows[index].label}, reads {whole:.3g} "
-                                f"and with half as many {half:.3g}; compare equal numbers only")  # fmt: skip
+            numbers = f"{run.rows[index].label}, reads {whole:.3g}, and {half:.3g} with half as many"
+            run.warnings.append(f"{title} depends on the number of pictures: {numbers}; compare equal numbers only")
 
 
 # ---------------------------------------------------------------------------------------------------------- report
