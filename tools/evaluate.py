@@ -258,8 +258,7 @@ def read_json(path):
 
 def is_local(model):
     """Whether this is meant as a path. demo/output may be a hub id, but not where there is a folder demo."""
-    return os.path.exists(model) or model.startswith((".", "/", "~")) or Path(model).parent.name != "" and (
-        Path(model).parent.is_dir())  # fmt: skip
+    return os.path.exists(model) or model.startswith((".", "/", "~")) or Path(model).parent.is_dir() and "/" in model
 
 
 def holds_model(folder):
@@ -388,8 +387,13 @@ def row_settings(row):
     return json.loads(json.dumps(settings))  # tuples are lists then
 
 
-def digest_of(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+def digest_of(*values):
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+def versioned(model):
+    """A folder name for what a network says: another one after its weights have changed."""
+    return f"{safe_name(model)}-{digest_of(model, fingerprint(model))[:6]}"
 
 
 # ------------------------------------------------------------------------------------------ prompts and references
@@ -609,7 +613,8 @@ def count_evaluations(pipe, counts):
     """Adds the batch size of every call of the pipeline's network(s) to counts["evaluations"]."""
 
     def count(_module, inputs, keywords):
-        counts["evaluations"] += len(next(value for value in (*inputs, *keywords.values()) if torch.is_tensor(value)))
+        tensors = [value for value in (*inputs, *keywords.values()) if torch.is_tensor(value) and value.dim()]
+        counts["evaluations"] += len(tensors[0])
 
     for name in ("unet", "transformer", "transformer_2", "prior", "decoder"):
         if isinstance(module := getattr(pipe, name, None), torch.nn.Module):
@@ -827,7 +832,9 @@ def list_looks(run, size):
         load = functools.partial(loaders.get(network) or functools.partial(load_vision_model, network), device)
         # the kernel distance of the VAE's statistics orders nothing where captions are shared
         figures = tuple(f for f in ("fd", "kd") if f in protocol.figures and not (f == "kd" and network == "vae"))
-        name, prepare = safe_name(network), Look.prepare
+        name, prepare = versioned(network), Look.prepare
+        if network == "vae":
+            name = f"vae-of-{versioned(args.teacher[0])}"
         if is_real:
             name, prepare = f"{name}-{width}", functools.partial(square, size=width)
         looks.append(Look(name, figures, load, network, prepare, is_real))
@@ -836,11 +843,11 @@ def list_looks(run, size):
             looks.append(Look(f"{safe_name(network)}-patch", ("patch_fd",), load, network, prepare, is_real))
     if "clip" in protocol.figures:
         model, options = args.clip_model or protocol.clip_model, (protocol.clip_prefix, protocol.clip_size)
-        name = f"clip-{safe_name(model)}-{digest_of(options)[:4]}"
+        name = f"clip-{versioned(model)}-{digest_of(options)[:6]}"
         looks.append(Look(name, ("clip",), functools.partial(load_clip, model, device, *options)))
     if "pick" in protocol.figures:
         load = functools.partial(load_clip, args.pick_model, device, is_pick=True)
-        looks.append(Look(f"pick-{safe_name(args.pick_model)}", ("pick",), load))
+        looks.append(Look(f"pick-{versioned(args.pick_model)}", ("pick",), load))
     return looks
 
 
