@@ -503,10 +503,20 @@ def test_prompts_of_coco(tool, tmp_path):
     paths[1].write_text(json.dumps(content))
     found = [tool.read_coco_captions(path) for path in paths]
     assert found[0] == found[1]  # whatever the order in the file
-    assert all(re.fullmatch(r"picture \d+, caption \d", text) for text in found[0])
-    numbers = [int(text.split()[1].strip(",")) for text in found[0]]
+    assert all(re.fullmatch(r"picture \d+, caption \d", text) for text, _ in found[0])
+    numbers = [int(text.split()[1].strip(",")) for text, _ in found[0]]
     assert sorted(numbers) == list(range(1, 31)) and numbers != sorted(numbers)
-    assert len({text[-1] for text in found[0]}) > 2
+    assert len({text[-1] for text, _ in found[0]}) > 2
+    assert [name for _, name in found[0]] == [f"{number}.jpg" for number in numbers]
+    for number in (numbers[0], numbers[1], numbers[7]):
+        (tmp_path / f"{number}.jpg").write_bytes(image_bytes(number))
+    args = tool.parse_args(["--prompts", str(paths[0]), "--num_prompts", "5", "--output_dir", "o", "--teacher", "t"])
+    prompts, described = tool.read_prompts(args)
+    assert prompts == [text for text, _ in found[0][:5]]
+    pictures = tool.find_references([str(tmp_path)], tmp_path / "cache", described)  # those that the prompts describe
+    assert {Path(path).name for path, _, _ in pictures.places} == {f"{number}.jpg" for number in numbers[:2]}
+    with pytest.raises(SystemExit, match="no picture of --prompts in there"):
+        tool.find_references([str(tmp_path)], tmp_path / "cache", {"other.jpg"})
 
 
 def test_prompts_and_references_of_shards(tool, tmp_path):
@@ -711,7 +721,7 @@ def test_demo_target(tool):
     assert {row["model"] for row in rows} <= {path.replace("demo", "demo/output", 1) for path in
                                               re.findall(r"demo[\w-]*", (ROOT / "Makefile").read_text())}  # fmt: skip
     assert args.skip_missing and args.protocol == "fidelity" and (ROOT / args.teacher[0]).is_dir()
-    assert len(tool.read_prompts(args)) * args.images_per_prompt >= 256
+    assert len(tool.read_prompts(args)[0]) * args.images_per_prompt >= 256
 
 
 def test_rows_without_a_folder_are_left_out_on_request(tool, tiny, prompts, tmp_path):

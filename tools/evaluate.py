@@ -442,14 +442,15 @@ def read_shard_captions(source):
 
 
 def read_coco_captions(path):
-    """A caption of each picture of a COCO captions file. Which pictures come first, and which of their captions, is
-    drawn by seed 0, so that everyone's first 5,000 are the same.
+    """[(caption, file name)] of a COCO captions file, one of each picture. Which pictures come first, and which of
+    their captions, is drawn by seed 0, so that everyone's first 5,000 are the same.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        captions = {image["id"]: [] for image in sorted(content["images"], key=lambda image: image["id"])}
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        captions = {number: [] for number in sorted(names)}
         for note in sorted(content["annotations"], key=lambda note: note["id"]):
-            captions[note["image_id"]].append(" ".join(str(note["caption"]).split()))
+            captions[note["image_id"]].append((" ".join(str(note["caption"]).split()), names[note["image_id"]]))
     except (OSError, ValueError) as error:
         fail(f"--prompts {path} cannot be read: {first_line(error)}")
     except (KeyError, TypeError) as error:
@@ -460,22 +461,23 @@ def read_coco_captions(path):
 
 
 def read_prompts(args):
-    """The prompts, as many as are wanted."""
+    """The prompts, as many as are wanted, and the names of the pictures that they describe, where COCO's are."""
     prompts = []
     for source in args.prompts:
         if source.endswith(".json"):
             prompts += read_coco_captions(source)
         elif source.endswith(".tar"):
-            prompts += read_shard_captions(source)
+            prompts += [(caption, None) for caption in read_shard_captions(source)]
         else:
             try:
                 lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
             except (OSError, ValueError) as error:
                 fail(f"--prompts {source} cannot be read: {first_line(error)}")
-            prompts += [line.strip() for line in lines if line.strip()]
+            prompts += [(line.strip(), None) for line in lines if line.strip()]
     if len(prompts) < (args.num_prompts or 1):
         fail(f"--prompts holds {len(prompts)} prompts, and {args.num_prompts or 1} are wanted")
-    return prompts[: args.num_prompts or PROTOCOLS[args.protocol].prompts]
+    chosen = prompts[: args.num_prompts or PROTOCOLS[args.protocol].prompts]
+    return [caption for caption, _ in chosen], {name for _, name in chosen} - {None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -495,19 +497,20 @@ class Pictures:
             return None
 
 
-def find_references(sources, folder):
-    """The real pictures of folders and shards."""
+def find_references(sources, folder, names=()):
+    """The real pictures of folders and shards; of folders only those of these names, if any are given."""
     places = []
     for source in sources:
         if source.endswith(".tar"):
             places += [(path, offset, size) for path, _, _, offset, size in list_members(source, PICTURES)]
         elif os.path.isdir(source):
             files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower()[1:] in PICTURES)
-            places += [(str(path), 0, -1) for path in files]
+            places += [(str(path), 0, -1) for path in files if not names or path.name in names]
         else:
             fail(f"--references {source} is neither a folder nor a .tar")
     if not places:
-        fail(f"--references {' '.join(sources)}: no {', '.join(PICTURES)} in there")
+        kind = "picture of --prompts" if names else ", ".join(PICTURES)
+        fail(f"--references {' '.join(sources)}: no {kind} in there")
     return Pictures(folder / digest_of(places), places)
 
 
@@ -519,7 +522,9 @@ def square(image, size):
 
 
 def central(image, size):
-    """The central `size` × `size` pixels of a picture."""
+    """The central `size` × `size` pixels of a picture; one that is smaller stays as it is."""
+    if min(image.size) < size:
+        return image
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -533,7 +538,7 @@ class Evaluation:
         is_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.accelerator.is_available()
         self.state = PartialState(cpu=is_cpu, timeout=datetime.timedelta(days=30))  # ranks wait for the slowest
         self.dtype = args.dtype or ("float32" if self.state.device.type == "cpu" else "float16")
-        self.prompts, (self.rows, self.warnings) = read_prompts(args), list_rows(args)
+        (self.prompts, self.described), (self.rows, self.warnings) = read_prompts(args), list_rows(args)
         self.items = [(i, k) for i in range(len(self.prompts)) for k in range(args.images_per_prompt)]
         self.left_out = {}
 
@@ -965,7 +970,9 @@ def measure_all(run):
         fail(f"the rows draw pictures of several sizes: {described}; give --resolution")
     size, references = min(next(iter(sizes))), None
     if run.protocol.references is not None:
-        references = find_references(run.args.references, run.output / "references")
+        # where a protocol has as many real pictures as prompts, they are the pictures that the prompts describe
+        names = run.described if run.protocol.references == run.protocol.prompts else ()
+        references = find_references(run.args.references, run.output / "references", names)
     possible = []
     for look in list_looks(run, size):
         try:
