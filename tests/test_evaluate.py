@@ -286,6 +286,7 @@ def test_fidelity(tool, tiny, prompts, tmp_path):
     assert figures["FD (vae)"]["value"] == pytest.approx(tool.frechet_distance(project(a), project(b)), rel=1e-3)
     assert report["rows"][0]["figures"] == {}  # the reference itself
     text = (tmp_path / "out" / "report.md").read_text()
+    assert f"{figures['FD (vae)']['value']:.3f} (n = 12)" in text
     assert "6 prompts × 2 = 12 pictures" in text and "| student | 2 | 2 | 1 |" in text
     assert "12 pictures are too few for 11 features" in text and "None beside these" in text
 

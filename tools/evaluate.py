@@ -1046,9 +1046,9 @@ def set_figures(run, look, values, references):
         project = principal_components(reference)
         reference, values = project(reference), [project(row_values) for row_values in values]
     compute = {"fd": frechet_distance, "patch_fd": frechet_distance, "kd": kernel_distance}
-    found = [{figure: {"value": compute[figure](row_values, reference)} for figure in look.figures}
-             for row_values in (values if look.is_real else values[1:])]  # fmt: skip
-    found = found if look.is_real else [{}, *found]
+    found = [{figure: {"value": compute[figure](row_values, reference), "pictures": len(row_values)}
+              for figure in look.figures} for row_values in values]  # fmt: skip
+    found[0] = found[0] if look.is_real else {}  # the reference itself
     check_stability(run, look, values, reference, found)
     return found
 
@@ -1075,11 +1075,11 @@ LIBRARIES = "torch diffusers transformers accelerate peft torchmetrics clean-fid
 
 
 def show(found, figure):
-    """A figure for the table, with its interval."""
+    """A figure for the table, with its interval, or with the number of pictures where it depends on that."""
     if found is None:
         return "–"
     numbers = [f"{found[key]:.{FIGURES[figure].digits}f}" for key in ("value", "low", "high") if key in found]
-    return "{} ({} … {})".format(*numbers) if len(numbers) == 3 else numbers[0]
+    return "{} ({} … {})".format(*numbers) if "low" in found else f"{numbers[0]} (n = {found['pictures']:,})"
 
 
 def markdown_table(head, lines):
@@ -1119,7 +1119,7 @@ def published(run, columns):
 def write_markdown(run, report):
     """report.md: for a reader who has nothing else."""
     columns, lines, speed = report["columns"], [], []
-    head = ["model", "steps", "evaluations", "guidance", "eta"]
+    head = ["model", "steps", "network evaluations", "guidance", "eta"]
     head += [f"{title} {ARROWS[FIGURES[figure].better]}" for title, figure in columns.items()]
     for row, line in zip(run.rows, report["rows"], strict=True):
         times, figures = line["speed"], [show(line["figures"].get(title), columns[title]) for title in columns]
