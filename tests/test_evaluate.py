@@ -326,12 +326,12 @@ def test_resume_after_kill(tool, tiny, prompts, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, str(TOOL), *map(str, flags(tiny, prompts, killed, *row, "--images_per_prompt", "8"))]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 300
     while len(read_pictures(killed)) < 30 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -9, process.stderr.read()
+    assert process.wait() == -9
     assert 30 <= len(read_pictures(killed)) < 6 * 48
     temporary = killed / "pictures" / "one-1" / "tmp-1-00000-0.png"  # what a kill in mid-write leaves
     temporary.write_bytes(b"half")
@@ -347,7 +347,7 @@ def test_resume_after_kill(tool, tiny, prompts, tmp_path):
 
 def test_two_processes_equal_one(tool, tiny, prompts, tmp_path):
     row = ["--row", "name=one", f"model={tiny}", "steps=1,2", "guidance_scale=1"]
-    run = run_script(flags(tiny, prompts, tmp_path / "two", *row), processes=2, script=TOOL)
+    run = run_script(flags(tiny, prompts, tmp_path / "two", *row), processes=2, script=TOOL, timeout=600)
     assert run.returncode == 0, run.stderr
     assert len(list((tmp_path / "two").rglob("times-*.jsonl"))) == 8  # four rows, a file of each process
     one = evaluate(tool, *flags(tiny, prompts, tmp_path / "one", *row))
@@ -670,11 +670,11 @@ def test_missing_weights_are_not_replaced_by_random_ones(tool, clip, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- demo
 @pytest.fixture(scope="module")
 def drawn(tool, tmp_path_factory):
-    """Pictures of the demo's teacher: 64 captions, three steps, two noises."""
+    """Pictures of the demo's teacher: 48 captions, three steps, two noises."""
     output = tmp_path_factory.mktemp("demo")
     shards = sorted((ROOT / "demo" / "shards").glob("*.tar"))
     report = evaluate(tool, "--teacher", ROOT / "demo" / "teacher", "scheduler.timestep_spacing=trailing",
-                      "--teacher_steps", "3", "--guidance_scale", "1", "--prompts", *shards, "--num_prompts", "64",
+                      "--teacher_steps", "3", "--guidance_scale", "1", "--prompts", *shards, "--num_prompts", "48",
                       "--features", "vae", "--batch_size", "32", "--output_dir", output)  # fmt: skip
     pictures = [Image.open(path) for path in sorted((output / "pictures" / "teacher-3").glob("*.png"))]
     look = tool.load_vae_statistics(ROOT / "demo" / "teacher", "cpu")
