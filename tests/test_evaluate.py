@@ -349,7 +349,7 @@ def test_two_processes_equal_one(tool, tiny, prompts, tmp_path):
     row = ["--row", "name=one", f"model={tiny}", "steps=1,2", "guidance_scale=1"]
     run = run_script(flags(tiny, prompts, tmp_path / "two", *row), processes=2, script=TOOL, timeout=600)
     assert run.returncode == 0, run.stderr
-    assert len(list((tmp_path / "two").rglob("times-*.jsonl"))) == 8  # four rows, a file of each process
+    assert len(list((tmp_path / "two").rglob("times-*.jsonl"))) == 12  # six rows, a file of each process
     one = evaluate(tool, *flags(tiny, prompts, tmp_path / "one", *row))
     assert without_speed(json.loads((tmp_path / "two" / "report.json").read_text())) == without_speed(one)
 
@@ -730,7 +730,8 @@ def test_rows_without_a_folder_are_left_out_on_request(tool, tiny, prompts, tmp_
     rows.write_text(json.dumps([{"name": "gone", "model": str(tmp_path / "gone"), "steps": [1]}]))
     given = ["--num_prompts", "2", "--rows", rows, "--skip_missing"]
     report = evaluate(tool, *flags(tiny, prompts, tmp_path / "out", *given))
-    assert f"row gone is left out: no model in {tmp_path / 'gone'}" in report["warnings"]
+    assert report["left_out"] == {"row gone": f"there is no model in {tmp_path / 'gone'}"}
+    assert [row["name"] for row in report["rows"]] == ["teacher", "teacher"]
 
 
 def test_every_flag_is_read(tool):

@@ -38,6 +38,7 @@ import statistics
 import tarfile
 import textwrap
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -253,7 +254,11 @@ def find_file(source, name):
 
 
 def read_json(path):
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).is_file() else {}
+    """What a JSON file holds; {} where there is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).is_file() else {}
+    except ValueError as error:
+        fail(f"{path} is no JSON: {first_line(error)}")
 
 
 def is_local(model):
@@ -347,12 +352,12 @@ def make_rows(row):
 
 
 def list_rows(args):
-    """All rows of the comparison, the teacher first, and lines on those that were left out."""
-    students, notes = [], []
+    """All rows of the comparison, the teacher first, and {name: reason} of those that were left out."""
+    students, left_out = [], {}
     for row in [*(parse_pairs(pairs, "--row") for pairs in args.row), *(read_rows(args.rows) if args.rows else [])]:
         gone = [str(row[key]) for key in ("model", "lora") if row.get(key) and not holds_model(str(row[key]))]
         if args.skip_missing and gone:
-            notes.append(f"row {row.get('name')} is left out: no model in {gone[0]}")
+            left_out[f"row {row.get('name')}"] = f"there is no model in {gone[0]}"
         else:
             students += make_rows(row)
     rows = []
@@ -366,7 +371,7 @@ def list_rows(args):
     folders = collections.Counter(row.folder for row in rows)
     if twice := [row.label for row in rows if folders[row.folder] > 1]:
         fail(f"two rows are called {twice[0]}: give them names of their own")
-    return rows or fail("no row to compare: give --teacher, --row or --rows"), notes
+    return rows or fail("no row to compare: give --teacher, --row or --rows"), left_out
 
 
 def fingerprint(source):
@@ -538,9 +543,9 @@ class Evaluation:
         is_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.accelerator.is_available()
         self.state = PartialState(cpu=is_cpu, timeout=datetime.timedelta(days=30))  # ranks wait for the slowest
         self.dtype = args.dtype or ("float32" if self.state.device.type == "cpu" else "float16")
-        (self.prompts, self.described), (self.rows, self.warnings) = read_prompts(args), list_rows(args)
+        (self.prompts, self.described), (self.rows, self.left_out) = read_prompts(args), list_rows(args)
         self.items = [(i, k) for i in range(len(self.prompts)) for k in range(args.images_per_prompt)]
-        self.left_out = {}
+        self.warnings = []
 
     def folder(self, row):
         return self.output / "pictures" / row.folder
@@ -928,7 +933,7 @@ def frechet_distance(a, b):
     """|μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) of features (pictures, width), by torchmetrics in float64."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(Given(a.shape[1]))
+    metric = FrechetInceptionDistance(Given(a.shape[1]), sync_on_compute=False)  # one process has all features
     for features, is_reference in ((a, False), (b, True)):
         metric.update(torch.from_numpy(features), real=is_reference)
     return float(metric.compute())
@@ -940,7 +945,10 @@ def kernel_distance(a, b):
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    metric = KernelInceptionDistance(Given(a.shape[1]), subsets=100, subset_size=min(1000, len(a), len(b)))
+    size = min(1000, len(a), len(b))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it keeps all features, and warns that it does
+        metric = KernelInceptionDistance(Given(a.shape[1]), subsets=100, subset_size=size, sync_on_compute=False)
     for features, is_reference in ((a, False), (b, True)):
         metric.update(torch.from_numpy(features), real=is_reference)
     with torch.random.fork_rng(devices=[]):
