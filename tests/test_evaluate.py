@@ -483,7 +483,30 @@ def test_lora_over_any_base(tool, make_teacher, prompts, shards, tmp_path):
     assert "scheduler_from" not in found
 
 
-def test_safety_checkers_are_removed_and_networks_of_any_name_counted(tool):
+def test_pipelines_get_what_they_take(tool):
+    """guidance_scale, eta and sizes go to pipelines that have them; every picture has a generator of its own."""
+    given = {}
+
+    class Full:
+        def __call__(self, prompt, num_inference_steps, generator, guidance_scale=9, eta=0.5, height=1, width=1):
+            given.update(locals())
+            return type("output", (), {"images": []})
+
+    class Bare:
+        def __call__(self, prompt, num_inference_steps, generator):
+            return Full()(prompt, num_inference_steps, generator)
+
+    run = type("run", (), {"args": type("args", (), {"resolution": 32, "seed": 0}), "prompts": ["a", "b"]})
+    row = tool.Row("name", "model", 4, guidance_scale=2.0, eta=0.25)
+    tool.call_pipeline(Full(), row, [(1, 0), (0, 3)], run, 4)
+    seeds = [generator.initial_seed() for generator in given["generator"]]
+    assert given["prompt"] == ["b", "a"] and len(set(seeds)) == 2
+    assert [given[key] for key in ("guidance_scale", "eta", "height", "width")] == [2.0, 0.25, 32, 32]
+    tool.call_pipeline(Bare(), row, [(0, 3)], run, 2)
+    assert given["generator"][0].initial_seed() == seeds[1] and (given["eta"], given["num_inference_steps"]) == (0.5, 2)
+
+
+def test_networks_of_any_name_are_counted(tool):
     """Nothing is special to U-Nets: a transformer's calls count, by name or by place of the argument."""
     counts, module = {"evaluations": 0}, torch.nn.Identity()
     pipe = type("pipe", (), {"transformer": module})

@@ -186,9 +186,18 @@ def add_output_args(parser):
     add("--grid_prompts", type=positive, default=6, help="rows of grid.png")
 
 
+# Copied from train_lcm_distill_sd_wds.py
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        is_empty = action.default is None or action.default is False or action.default == ""
+        return action.help if is_empty else super()._get_help_string(action)
+
+
 def parse_args(argv=None):
     """Reads the command line and refuses what can be known to be wrong without opening a file."""
-    formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=30, width=120)
+    formatter = functools.partial(HelpFormatter, max_help_position=30, width=120)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False)
     for add_group in (add_row_args, add_protocol_args, add_output_args):
         add_group(parser)
@@ -641,12 +650,12 @@ def call_pipeline(pipe, row, batch, run, steps):
     """Pictures of a batch of items. Each has a generator of its own, on the CPU: neither its first noise nor what the
     scheduler adds between steps depends on the batch, the device or the kind of pipeline.
     """
-    options = {"height": run.args.resolution, "width": run.args.resolution, "eta": row.eta}
-    known = inspect.signature(pipe.__call__).parameters
+    size, known = run.args.resolution, inspect.signature(pipe.__call__).parameters
+    options = {"guidance_scale": row.guidance_scale, "eta": row.eta, "height": size, "width": size}
     options = {key: value for key, value in options.items() if value is not None and key in known}
     generators = [torch.Generator().manual_seed(noise_seed(run.args.seed, row.stream, item)) for item in batch]
-    return pipe([run.prompts[i] for i, _ in batch], num_inference_steps=steps, guidance_scale=row.guidance_scale,
-                generator=generators, **options).images  # fmt: skip
+    prompts = [run.prompts[i] for i, _ in batch]
+    return pipe(prompts, num_inference_steps=steps, generator=generators, **options).images
 
 
 def warm_up(pipe, row, batch, run):
