@@ -625,6 +625,22 @@ def test_errors_of_sources(tool, tiny, prompts, tmp_path, given, message):
     assert str(caught.value).startswith("error: " + message.format(tmp=tmp_path))
 
 
+def test_commands_and_rows_of_the_docs(tool, monkeypatch):
+    """What docs/evaluation.md prints is understood, as far as that goes without the hub."""
+    from test_docs import blocks, programs
+
+    monkeypatch.setattr(tool, "complete_row", lambda row: {"guidance_scale": 1, **row})
+    commands = [words for script, *words in programs("docs/evaluation.md") if script == "tools/evaluate.py"]
+    assert len(commands) == 3
+    for words in commands:
+        args = tool.parse_args(words)
+        rows, left_out = tool.list_rows(args)
+        assert not left_out and {row.name for row in rows} > {"teacher"}
+    (text,) = blocks("docs/evaluation.md", "yaml")
+    rows = [made for row in tool.yaml.safe_load(text) for made in tool.make_rows(row)]
+    assert [row.label for row in rows][::3] == ["ours, 1 step", "TCD-LoRA, 4 steps"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
