@@ -19,12 +19,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    LCM_LORA,
+    LCM_XL,
     ROOT,
+    SCRIPTS,
+    get_script,
     image_bytes,
     load_script,
     make_pipeline,
     make_sdxl_pipeline,
     make_tokenizer,
+    over,
     run_main,
     run_script,
     tiny_args,
@@ -434,6 +439,7 @@ def test_protocols_hold_what_is_published(tool):
 
 
 # ------------------------------------------------------------------------------------------------ models and settings
+@over([*SCRIPTS, LCM_LORA, LCM_XL])
 def test_output_folders_of_the_training_scripts(tool, script, case, teacher, shards, prompts, tmp_path):
     """What a script exports is a row with name, model and steps: its scheduler, guidance scale and eta are found."""
     given = ["--max_train_steps", "1", "--validation_guidance_scale", "4"]
@@ -469,8 +475,6 @@ def test_settings_of_a_model_card(tool, tmp_path):
 
 def test_lora_over_any_base(tool, make_teacher, prompts, shards, tmp_path):
     """A LoRA by model= and lora=, with a scheduler by name and an option of it."""
-    from conftest import SCRIPTS, get_script
-
     teacher, name = make_teacher(make_pipeline), "train_tcd_distill_lora_sd_wds"
     run_main(get_script(name), tiny_args(teacher, shards, tmp_path / "lora", *SCRIPTS[name].flags))
     row = ["--row", "name=lora", f"model={teacher}", f"lora={tmp_path / 'lora'}", "steps=2", "guidance_scale=1",
