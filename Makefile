@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.PHONY: test lint demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct clean
+.PHONY: test lint demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct demo-evaluate clean
 
 # the tests run side by side, where threads that spin while they wait make everything else crawl
 test: export OMP_WAIT_POLICY := PASSIVE
@@ -32,6 +32,15 @@ demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct: .venv/
 	$(PYTHON) $(SCRIPT) @demo/$(@:demo-%=%).args
 	cp $(@:demo%=demo/output%)/samples.png $(@:demo%=demo/output%)/comparison.png
 
+# compares the students that are there with their teacher, on captions that no setting was chosen by; see docs/evaluation.md
+demo-evaluate: export GOMP_SPINCOUNT := 20000
+demo-evaluate: .venv/installed
+	$(PYTHON) tools/evaluate.py --teacher demo/teacher scheduler.timestep_spacing=trailing --guidance_scale 3 \
+		--rows demo/evaluate.yaml --skip_missing --prompts $(PROMPTS) --images_per_prompt $(PICTURES) \
+		--features vae --batch_size 32 --output_dir demo/evaluation
+demo-evaluate: PROMPTS := demo/prompts_evaluation.txt
+demo-evaluate: PICTURES := 4
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache demo/output*
+	rm -rf .venv .pytest_cache .ruff_cache demo/output* demo/evaluation
 	find . -name __pycache__ -prune -exec rm -r {} +

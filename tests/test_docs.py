@@ -60,6 +60,10 @@ def programs(page):
             yield command[place:]
 
 
+def has_tests_of_its_own(script, words):
+    return script.startswith("benchmarks/") or script == "tools/evaluate.py" or "--dataset" in words
+
+
 @pytest.fixture
 def workplace(tmp_path, make_teacher):
     """A folder with the data that the pages speak of, small, and tiny teachers."""
@@ -115,7 +119,7 @@ def test_commands_run_as_printed(page, workplace, monkeypatch):
     ran = 0
     for script, *words in programs(page):
         flags = shrink(words, teachers)
-        if script.startswith("benchmarks/") or "--dataset" in flags:  # tests of their own
+        if has_tests_of_its_own(script, flags):
             continue
         if script.startswith("tools/"):
             tool = load_script(ROOT / script)
@@ -129,7 +133,7 @@ def test_commands_run_as_printed(page, workplace, monkeypatch):
                      "--dataloader_num_workers", "0", "--validation_steps", "0", "--logging_steps", "1"]  # fmt: skip
             run_main(get_script(Path(script).stem), flags)
         ran += 1
-    assert ran == sum(not s.startswith("benchmarks/") and "--dataset" not in w for s, *w in programs(page))
+    assert ran == sum(not has_tests_of_its_own(script, words) for script, *words in programs(page))
     snippets = blocks(page, "python")
     for snippet in snippets:
         run_snippet(snippet, teachers)
