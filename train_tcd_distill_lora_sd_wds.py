@@ -70,6 +70,7 @@ import diffusers
 import numpy as np
 import psutil
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
@@ -93,7 +94,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -983,14 +983,12 @@ def check_latents(args, vae, unet):
         fail("a VAE with latents_mean and latents_std is not supported")
 
 
-def tune_unet(unet, args, device, has_adapters):
+def tune_unet(unet, args, device):
     """Applies the flags that make a U-Net faster or smaller."""
     if device.type != "cpu" and args.half_precision_norms:
         keep_norms_in_half(unet)
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    if args.compile and has_adapters and device.type == "cpu":  # with frozen weights inductor's fused attention gets
-        unet.set_attn_processor(AttnProcessor())  # wrong gradients there (torch 2.13)
     if args.compile:
         # student and teacher share code: without this, their different batches would make all sizes dynamic
         unet.compile(dynamic=None if args.bucketed_shards else False)
@@ -1017,7 +1015,7 @@ def load_models(args, teacher, accelerator):
         is_offloaded = model is target and args.offload_ema or model is vae and args.encoded_shards
         model.to("cpu" if is_offloaded else device, memory_format=torch.channels_last)
     for unet in different:
-        tune_unet(unet, args, device, bool(adapters))
+        tune_unet(unet, args, device)
     parameters = {f"{name}_parameters": adapter_parameters(networks[name], adapters[name]) if adapters else
                   list(networks[name].parameters()) for name in NETWORKS}  # fmt: skip
     for parameter in parameters["student_parameters"] if "8bit" in args.optimizer else ():
@@ -2749,6 +2747,8 @@ def make_accelerator(args):
         torch.use_deterministic_algorithms(True)
     if args.compile:  # a size that comes up anew is compiled anew, but never silently run uncompiled
         torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
+        # or inductor (torch 2.13) may read a LoRA's gradient before it is summed up, and find it zero
+        torch._inductor.config.reorder_for_peak_memory = False
     return accelerator
 
 
