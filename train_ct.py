@@ -1127,6 +1127,8 @@ def load_models(args, teacher, accelerator):
         model.to("cpu" if is_offloaded else device, memory_format=torch.channels_last)
     for unet in different:
         tune_unet(unet, args, device)
+    if args.compile:
+        vae.encoder.compile(dynamic=None if args.bucketed_shards else False)
     parameters = {f"{name}_parameters": adapter_parameters(networks[name], adapters[name]) if adapters else
                   list(networks[name].parameters()) for name in NETWORKS}  # fmt: skip
     for parameter in parameters["student_parameters"] if "8bit" in args.optimizer else ():

@@ -231,6 +231,18 @@ def test_compiled_for_static_shapes_but_of_buckets(lcm, is_bucketed, dynamic):
     assert given == {"dynamic": dynamic}
 
 
+@pytest.mark.parametrize(("lora", "networks"), [("0", 3), ("2", 1)])
+def test_what_is_compiled(start, monkeypatch, lora, networks):
+    """The U-Nets, of a LoRA the one that all share, and the VAE's encoder; validation's decoder is not."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
+    run = start("--compile", "--lora_rank", lora)
+    assert compiled[-1] is run.models.vae.encoder
+    assert {type(module).__name__ for module in compiled[:-1]} == {"UNet2DConditionModel"}
+    assert len({id(module) for module in compiled[:-1]}) == len(compiled) - 1 == networks
+    run.reader.close()
+
+
 def test_a_compiled_lora_has_the_gradients_of_an_eager_one(lcm, tiny, tmp_path):
     """Without reorder_for_peak_memory = False, inductor of torch 2.13 gives zeros for some of lora_B."""
     args = lcm.parse_args([*MINIMAL, "--lora_rank", "2", "--compile", "--output_dir", str(tmp_path)])
