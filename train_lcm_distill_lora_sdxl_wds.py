@@ -2177,6 +2177,7 @@ Arguments:
 # -------------------------------------------------------------------------------------------- validation and logging
 DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
                    "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
+MOST_ROWS = 9  # of a grid; of more prompts some are drawn, from the first to the last
 
 
 def load_prompts(args):
@@ -2315,7 +2316,9 @@ def validate_size(run, size, suffix):
     columns = {f"{start} {k}": images["teacher", k] for k in (50, 4, 1) if ("teacher", k) in images}
     columns |= {"untrained 1": images["untrained", 1]} if ("untrained", 1) in images else {}
     columns |= {f"student {k}": sampler.images("target", k, stock=True) for k in steps}
-    grid = draw_grid({title: column[:: sampler.seeds] for title, column in columns.items()}, sampler.prompts)
+    rows = np.linspace(0, len(sampler.prompts) - 1, min(len(sampler.prompts), MOST_ROWS)).round().astype(int)
+    pictures = {title: column[rows * sampler.seeds] for title, column in columns.items()}
+    grid = draw_grid(pictures, [sampler.prompts[row] for row in rows])
     path = Path(args.output_dir, "validation", f"step-{run.step}{suffix}.png")
     path.parent.mkdir(exist_ok=True)
     grid.save(path)
@@ -2586,7 +2589,8 @@ def add_output_args(parser):
     add("--checkpoints_total_limit", type=number(int, 1), help="checkpoints to keep")
     add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
     add("--validation_steps", type=number(int, 0), default=200, help="steps between validations (0: none)")
-    add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line")
+    add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line; "
+        "pictures show nine of them")  # fmt: skip
     add("--validation_negative_prompt", default="", help="negative prompt of the teacher in validation")
     add("--validation_guidance_scale", type=number(float, 1), help="w + 1 in validation (default: the method's)")
     add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")

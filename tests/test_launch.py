@@ -300,3 +300,19 @@ def test_letters_beyond_ascii_have_shapes(lcm, caplog):
     assert lcm.find_font("a fox").getname() == ImageFont.load_default(13).getname() and not caplog.records
     lcm.find_font("fox \U000f0000")
     assert "No font here has 1 letters" in log_of(caplog)
+
+
+def test_a_grid_shows_nine_of_many_prompts(lcm, start, monkeypatch, tmp_path):
+    """From the first to the last, each beside its own pictures."""
+    (tmp_path / "many.txt").write_text("\n".join(f"a {number}" for number in range(25)))
+    flags = "--num_validation_images 1 --validation_num_inference_steps 1 --validation_prompts".split()
+    run, drawn = start(*flags, str(tmp_path / "many.txt")), []
+    picture = lcm.Image.new("L", (1, 1))
+    monkeypatch.setattr(lcm, "draw_grid", lambda *given: drawn.append(given) or picture)
+    lcm.validate_size(run, [16, 16], "")
+    columns, prompts = drawn[0]
+    rows = [0, 3, 6, 9, 12, 15, 18, 21, 24]
+    assert prompts == [f"a {row}" for row in rows]
+    assert torch.equal(columns["teacher 50"], run.references[""]["teacher", 50][rows])
+    assert all(len(pictures) == 9 for pictures in columns.values())
+    run.reader.close()
