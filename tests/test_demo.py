@@ -1,6 +1,7 @@
 """The embedded demo: its files are whole, and distilling its teacher for a few seconds already shows."""
 
 import hashlib
+import json
 import subprocess
 import tarfile
 
@@ -8,23 +9,68 @@ import pytest
 from conftest import ROOT, load_script, read_metrics, run_main
 
 DEMO = ROOT / "demo"
-SHARDS = sorted((DEMO / "shards").glob("*.tar"))
+SHARDS = sorted((DEMO / "shards").glob("train-*.tar"))
+HELDOUT = {name: DEMO / "shards" / f"heldout-{name}.tar" for name in ("validation", "test")}
+
+
+def read_samples(*paths):
+    """Captions and picture of every sample."""
+    samples = []
+    for path in paths:
+        with tarfile.open(path) as shard:
+            content = {member.name: shard.extractfile(member).read() for member in shard}
+        keys = [name.removesuffix(".json") for name in content if name.endswith(".json")]
+        samples += [(json.loads(content[f"{key}.json"])["captions"], content[f"{key}.webp"]) for key in keys]
+    return samples
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return read_samples(*SHARDS)
+
+
+@pytest.fixture(scope="module")
+def heldout():
+    return {name: read_samples(path) for name, path in HELDOUT.items()}
+
+
+def read_prompts(name):
+    return (DEMO / f"prompts_{name}.txt").read_text(encoding="utf-8").splitlines()
 
 
 def test_shards_are_those_of_make_shards():
-    sums = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in SHARDS)
+    paths = sorted([*SHARDS, *HELDOUT.values()])
+    sums = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths)
     assert sums == (DEMO / "shards" / "SHA256SUMS").read_text()
+    assert sum(path.stat().st_size for path in paths) < 20e6
 
 
-def test_prompts_are_captions_of_the_shards():
-    captions = set()
-    for path in SHARDS:
-        with tarfile.open(path) as shard:
-            captions |= {shard.extractfile(name).read().decode() for name in shard.getnames() if name.endswith(".txt")}
-    assert len(captions) > 900
-    full, category = ((DEMO / f"prompts_{kind}.txt").read_text().splitlines() for kind in ("full", "category"))
-    assert set(full) <= captions
-    assert set(category) <= {caption.rpartition(", ")[2] for caption in captions}
+def test_heldout_pairs_are_a_tenth_and_not_in_training(seen, heldout):
+    known = {captions[0] for captions, _ in seen}
+    pictures = {picture for _, picture in seen}
+    pairs = [captions[0].rsplit(", ", 2) for samples in heldout.values() for captions, _ in samples]
+    assert len(pairs) == (len(seen) + len(pairs)) // 10 > 600
+    assert len({(name, category) for name, category, _ in pairs}) == len(pairs)  # at most one style of a name
+    assert {style for *_, style in pairs} == {caption.rpartition(", ")[2] for caption in known}
+    for captions, picture in (sample for samples in heldout.values() for sample in samples):
+        assert captions[0] not in known and picture not in pictures
+        styles = [caption for caption in known if caption.rpartition(", ")[0] == captions[1]]
+        assert len(styles) >= 2  # the name itself is known
+
+
+def test_prompts_come_from_where_they_say(seen, heldout):
+    splits, lists = {"seen": seen, **heldout}, {}
+    for name in ("seen_full", *(f"{split}_{kind}" for split in heldout for kind in ("full", "unstyled", "category"))):
+        split, _, kind = name.partition("_")
+        lists[name] = read_prompts(name)
+        source = splits["seen" if kind == "category" else split]
+        captions = {captions[("full", "unstyled", "category").index(kind)] for captions, _ in source}
+        assert set(lists[name]) <= captions and len(set(lists[name])) == len(lists[name]) >= 8
+    for kind in ("full", "unstyled", "category"):
+        assert not set(lists[f"validation_{kind}"]) & set(lists[f"test_{kind}"])
+    things = {split: {prompt.partition(", ")[0] for kind in ("full", "unstyled") for prompt in lists[f"{split}_{kind}"]}
+              for split in heldout}  # fmt: skip
+    assert not things["validation"] & things["test"]
 
 
 SCRIPTS = {"demo": "train_cd_multiboundary", "lcm": "train_lcm_distill_sd_wds", "long": "train_lcm_distill_sd_wds",
