@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import random
 import subprocess
 import tarfile
 
 import pytest
+import torch
 from conftest import ROOT, load_script, read_metrics, run_main
 
 DEMO = ROOT / "demo"
@@ -129,3 +131,81 @@ def test_short_distillation_improves_the_pictures(lcm, tmp_path):
     assert fidelity["target_psnr_k2"] > fidelity["untrained_psnr_k2"] + 0.3
     assert fidelity["target_psnr_k1/prompts_category"] > fidelity["untrained_psnr_k1/prompts_category"]
     assert fidelity["teacher_psnr_k1"] < fidelity["target_psnr_k1"]  # at half the evaluations
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """The demo's scripts as modules, by name."""
+    monkeypatch.syspath_prepend(DEMO)
+    return lambda name: load_script(DEMO / f"{name}.py")
+
+
+def test_split_holds_out_one_style_of_known_names(tools):
+    make = tools("make_shards")
+    styles = {thing: list(make.STYLES)[: 1 + thing % 4] for thing in range(40)}  # some things in one or two styles
+    samples = [
+        {"key": f"{thing}-{style}", "thing": thing, "style": style} for thing in styles for style in styles[thing]
+    ]
+    splits = make.split(samples, random.Random(0))
+    heldout = splits["validation"] + splits["test"]
+    assert len(heldout) == len(samples) // 10 == len({sample["thing"] for sample in heldout})
+    assert abs(len(splits["validation"]) - len(splits["test"])) <= 1
+    assert all(len(styles[sample["thing"]]) >= 3 for sample in heldout)
+    assert sorted(sample["key"] for sample in heldout + splits["seen"]) == sorted(sample["key"] for sample in samples)
+    assert make.split(samples, random.Random(0)) == splits
+
+
+def test_icons_are_matched_by_code_then_by_any_known_spelling(tools):
+    make = tools("make_shards")
+    things = [{"name": "lady beetle", "code": "1f41e", "spellings": ["ladybeetle"]},
+              {"name": "two hearts", "code": "1f495", "spellings": ["twohearts"]},
+              {"name": "fog", "code": "1f32b", "spellings": ["fog"]}]  # fmt: skip
+    packages = {"shaded": ({"ladybug": "a", "ladybeetle": "b", "fog": "c"}, {"1f41e": ["ladybug"]}),
+                "bold": ({"ladybug": "d", "love": "e"}, {}),
+                "pastel": ({"2hearts": "f", "twohearts": "g", "fog": "h"}, {})}  # fmt: skip
+    assert make.match(things, packages) == {
+        (0, "shaded"): "a",
+        (0, "bold"): "d",
+        (1, "pastel"): "f",
+        (2, "shaded"): "c",
+    }
+
+
+def test_judging(tools):
+    judge = tools("judge_teacher")
+    assert judge.psnr(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.2)) == pytest.approx(20)
+    bank = torch.tensor([[0.0, 0.0], [3.0, 3.0], [1.0, 1.0]])
+    found = judge.nearest(torch.tensor([[0.0, 0.0], [4.0, 4.0]]), bank)
+    assert found.indices.tolist() == [0, 1] and found.values.tolist() == pytest.approx([0, 1])
+    found = judge.nearest(torch.tensor([[0.0, 0.0]]), bank, skip=torch.tensor([0]))
+    assert found.indices.tolist() == [2] and found.values.tolist() == pytest.approx([1])
+    prompts, captions = ["dog, animal, flat", "cat, animal, bold"], ["dog, animal, bold", "cow, animal, bold"]
+    assert judge.agreement(prompts, captions) == "50 / 100 / 50"
+
+
+def test_teacher_goes_on_where_it_stopped(tools, tmp_path):
+    """The budget is of the whole training: with it spent, a second call takes no step; with a larger one, it does."""
+    teacher = tools("train_teacher")
+    args, model = teacher.parse_args(["--work_dir", str(tmp_path)]), torch.nn.Linear(2, 1)
+
+    def loss(model):
+        return (model(torch.ones(8, 2)) - 1).square().mean()
+
+    first = teacher.train("line", model, loss, 0.01, 0.9, args).state_dict()
+    steps = torch.load(tmp_path / "line.pt")["step"]
+    again = teacher.train("line", torch.nn.Linear(2, 1), loss, 0.01, 0.9, args).state_dict()
+    assert steps > 10 and torch.load(tmp_path / "line.pt")["step"] == steps
+    assert all(first[name].equal(again[name]) for name in first)
+    teacher.train("line", torch.nn.Linear(2, 1), loss, 0.02, 0.9, args)
+    assert torch.load(tmp_path / "line.pt")["step"] > steps
+
+
+def test_teacher_reads_four_captions_of_every_picture(tools):
+    teacher = tools("train_teacher")
+    images, captions = teacher.read_shards(DEMO / "shards", "heldout-test.tar")
+    assert images.shape[1:] == (3, 64, 64) and images.min() >= -1 and images.max() <= 1
+    tokenizer = teacher.build_tokenizer([variants[0] for variants in captions], num_merges=20)
+    tokens = teacher.tokenize_variants(tokenizer, captions)
+    assert tokens.shape[:2] == (len(images), 4)
+    decoded = tokenizer.batch_decode(tokens[5], skip_special_tokens=True)
+    assert [text.strip().replace(" ,", ",") for text in decoded] == [text.lower() for text in (*captions[5], "")]
