@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 DEMO = Path(__file__).resolve().parent
 METHODS = {"ct": "consistency training", "cd1": "CD, one segment", "cd4": "CD, 4 segments", "lcm": "LCM, 420 steps",
            "long": "LCM, demo-long", "tcd": "TCD", "tcd-lora": "TCD-LoRA"}  # fmt: skip
-PROMPTS = {"full": [0, 3], "category": [0, 3]}  # lines of demo/prompts_*.txt
+PROMPTS = {"validation_full": [0, 3], "validation_category": [0, 3]}  # lines of demo/prompts_*.txt
 STEPS, GUIDANCE = (1, 2, 4, 8), 3.0
 CELL, GAP, LEFT, TOP, LINE = 128, 8, 90, 30, 18
 

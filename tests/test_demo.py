@@ -12,6 +12,7 @@ from conftest import ROOT, load_script, read_metrics, run_main
 
 DEMO = ROOT / "demo"
 SHARDS = sorted((DEMO / "shards").glob("train-*.tar"))
+VALIDATION = [DEMO / f"prompts_validation_{kind}.txt" for kind in ("full", "category")]
 HELDOUT = {name: DEMO / "shards" / f"heldout-{name}.tar" for name in ("validation", "test")}
 
 
@@ -110,7 +111,7 @@ def test_short_distillation_of_jumps_improves_four_steps(tmp_path, name, flags, 
         --lr_warmup_steps 5 --adam_weight_decay 0 --validation_steps 60 --validation_num_inference_steps 4
         --num_validation_images 1 --checkpointing_steps 0 --report_to none""".split()
     arguments += ["--pretrained_teacher_model", DEMO / "teacher", "--train_shards_path_or_url", *SHARDS]
-    arguments += ["--validation_prompts", DEMO / "prompts_full.txt", DEMO / "prompts_category.txt"]
+    arguments += ["--validation_prompts", *VALIDATION]
     run_main(load_script(ROOT / f"{name}.py"), [*arguments, "--output_dir", tmp_path])
     fidelity = {key.removeprefix("fidelity/"): value for key, value in read_metrics(tmp_path)[-1].items()}
     assert fidelity["target_psnr_k4"] > fidelity["untrained_psnr_k4"] + gain
@@ -125,11 +126,14 @@ def test_short_distillation_improves_the_pictures(lcm, tmp_path):
         --validation_steps 40 --validation_num_inference_steps 1 2 --num_validation_images 1
         --checkpointing_steps 0 --report_to none""".split()
     arguments += ["--pretrained_teacher_model", DEMO / "teacher", "--train_shards_path_or_url", *SHARDS]
-    arguments += ["--validation_prompts", DEMO / "prompts_full.txt", DEMO / "prompts_category.txt"]
+    arguments += ["--validation_prompts", *VALIDATION]
     run_main(lcm, [*arguments, "--output_dir", tmp_path])
     fidelity = {key.removeprefix("fidelity/"): value for key, value in read_metrics(tmp_path)[-1].items()}
     assert fidelity["target_psnr_k2"] > fidelity["untrained_psnr_k2"] + 0.3
-    assert fidelity["target_psnr_k1/prompts_category"] > fidelity["untrained_psnr_k1/prompts_category"]
+    assert (
+        fidelity["target_psnr_k1/prompts_validation_category"]
+        > fidelity["untrained_psnr_k1/prompts_validation_category"]
+    )
     assert fidelity["teacher_psnr_k1"] < fidelity["target_psnr_k1"]  # at half the evaluations
 
 
