@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 the authors of this repository. Licensed under the Apache License, Version 2.0.
-"""Trajectory Consistency Distillation of Stable Diffusion 1.x/2.x (Zheng et al., arXiv:2402.19159).
+"""Trajectory Consistency Distillation of Stable Diffusion 1.x, 2.x and XL (Zheng et al., arXiv:2402.19159).
 
 A student U-Net learns to jump from any point of the teacher's guided probability-flow trajectory to any later one, so
 that one to eight steps are enough, and more of them come closer to the teacher. With x_t = α_t x_0 + σ_t ε on the grid
@@ -13,25 +13,29 @@ that one to eight steps are enough, and more of them come closer to the teacher.
     f(x, t → s) = α_s x̂_0(x, t) + σ_s ε̂(x, t)                                target where s = prev(t): x̂_prev itself
 
 The jump is the paper's first-order exponential integrator, (σ_s/σ_t) x − α_s (e^(−h) − 1) x̂_0 with h = λ_s − λ_t and
-λ = log(α/σ), without its logarithms. w is given to the student as an embedding; `guidance_scale` of a diffusers
-pipeline is w + 1. Launch with
+λ = log(α/σ), without its logarithms. The whole U-Net is trained, and is given w as an embedding: `guidance_scale` of a
+diffusers pipeline is w + 1. With --lora_rank a LoRA is trained, which learns the mean over w. Launch with
 
     accelerate launch train_tcd_distill_sd_wds.py \
         --pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --train_shards_path_or_url="cc12m/{00000..01242}.tar" --max_train_samples=12000000 --max_train_steps=10000 \
         --train_batch_size=24 --mixed_precision=bf16 --gradient_checkpointing --output_dir=tcd-sd15
 
-`output_dir` then holds a StableDiffusionPipeline with a matching TCDScheduler. `fidelity/*` in metrics.jsonl tells
-early whether the student follows its teacher. A run that was stopped goes on with `--resume_from_checkpoint=latest`,
-and ends in the very weights of a run that was not.
+`output_dir` then holds a pipeline with a matching TCDScheduler, or a LoRA for diffusers, ComfyUI and A1111.
+`fidelity/*` in metrics.jsonl tells early whether the student follows its teacher. A run that was stopped goes on with
+`--resume_from_checkpoint=latest`, and ends in the very weights of a run that was not.
+
+The method ends at the banner "the engine"; below it all six scripts are the same.
 """
-# Unmarked: copied from train_lcm_distill_sd_wds.py, where it stands there too
 
 import argparse
 import contextlib
+import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -50,11 +54,14 @@ import tarfile
 import tempfile
 import textwrap
 import time
-import urllib.request
+import urllib.parse
+import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+
+logging.disable(logging.WARNING)  # at import, libraries tell of packages that they miss and no run here needs
 
 import diffusers
 import numpy as np
@@ -63,32 +70,224 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, TCDScheduler, UNet2DConditionModel
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
+from diffusers import (
+    AutoencoderKL,
+    BitsAndBytesConfig,
+    DDPMScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    TCDScheduler,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
+from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from huggingface_hub import ModelCard, create_repo, upload_folder
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 from webdataset.gopen import Pipe, gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
-# ------------------------------------------------------------------------------------------------------- arguments
+logging.disable(logging.NOTSET)
+
+
+# ----------------------------------------------------------------------------------- mathematics that all six share
+class Schedule:
+    """The teacher's noise schedule, always float32, and the DDIM grid τ_i = (i + 1)·(T // N) − 1, prev(τ_0) = 0.
+
+    Timesteps t, s have shape (batch,), latents and network outputs (batch, channels, height, width).
+    """
+
+    def __init__(self, scheduler, num_ddim_timesteps, device):
+        alphas_cumprod = scheduler.alphas_cumprod.to(device, torch.float32)
+        self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        self.prediction_type, self.num_train_timesteps = scheduler.config.prediction_type, len(alphas_cumprod)
+        spacing = self.num_train_timesteps // num_ddim_timesteps
+        self.grid = torch.arange(1, num_ddim_timesteps + 1, device=device) * spacing - 1
+        self.prev = F.pad(self.grid[:-1], (1, 0))
+
+    def alpha_sigma(self, t):
+        """α_t and σ_t, shape (batch, 1, 1, 1)."""
+        return self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
+
+    def jump(self, x_0, eps, s):
+        """x_s = α_s x_0 + σ_s ε: noises data, and with a prediction (x̂_0, ε̂) is the DDIM step to s."""
+        alpha, sigma = self.alpha_sigma(s)
+        return alpha * x_0 + sigma * eps
+
+    def x0_eps(self, output, x_t, t):
+        """Network output → (x̂_0, ε̂), for the three prediction types."""
+        alpha, sigma = self.alpha_sigma(t)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * output) / alpha, output
+        if self.prediction_type == "v_prediction":
+            return alpha * x_t - sigma * output, alpha * output + sigma * x_t
+        return output, (x_t - alpha * output) / sigma
+
+
+def guided_prediction(teacher, schedule, x_t, t, c, uncond, w):
+    """The teacher's (x̂_0, ε̂), both guided (LCM §4.3): cond + w·(cond − uncond), in one batch of two halves.
+
+    c is a dict of tensors (batch, …), `uncond` one of (1, …); what it lacks, such as sizes, is the images' own. With
+    `uncond` None (w = 0, or a teacher that embeds w itself) the unconditional half is not run.
+    """
+    if uncond is None:
+        return schedule.x0_eps(teacher(x_t, t, c, w), x_t, t)
+    x_twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
+    c_twice = {name: torch.cat([value, uncond.get(name, value).expand_as(value)]) for name, value in c.items()}
+    pairs = [value.chunk(2) for value in schedule.x0_eps(teacher(x_twice, t_twice, c_twice, None), x_twice, t_twice)]
+    return [cond + w.view(-1, 1, 1, 1) * (cond - without) for cond, without in pairs]
+
+
+def distance(a, b, loss_type, c):
+    """d(a, b) of each sample, (batch,), in float32: the mean square, or the mean of Huber's sqrt(d² + c²) − c, or for
+    pseudo_huber sqrt(‖d‖² + c²) − c of the sample's norm (iCT §3.3).
+    """
+    square = ((a.float() - b.float()) ** 2).flatten(1)
+    if loss_type == "pseudo_huber":
+        square = square.sum(dim=1, keepdim=True)
+    if loss_type != "l2":  # which is the same without the cancellation: 0 for equal samples on any processor
+        square = square / ((square + c**2).sqrt() + c)
+    return square.mean(dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------- the method
+METHOD = SimpleNamespace(name="trajectory consistency", papers="arXiv:2402.19159",
+                         tag="trajectory-consistency-distillation", scheduler=TCDScheduler, has_teacher=True,
+                         target_drops=False)  # fmt: skip
+DEFAULTS = {"output_dir": "tcd-distilled", "tracker_project_name": "tcd-distill", "resolution": 512, "lora_rank": 0,
+            "num_ddim_timesteps": 50, "ema_decay": 0.95}  # fmt: skip
+
+
+def add_method_args(parser):
+    add = parser.add_argument_group("trajectory consistency distillation").add_argument
+    add("--w_min", type=number(float, 0), default=5.0, help="lowest guidance weight (w = guidance_scale - 1)")
+    add("--w_max", type=number(float, 0), default=15.0, help="highest guidance weight; 0: no unconditional pass")
+    add("--loss_type", default="l2", choices=["l2", "huber"], help="distance d")
+    add("--huber_c", type=number(float, 1e-8), default=0.001, help="c in sqrt(d² + c²) − c")
+    add("--validation_eta", type=number(float, 0, 1), default=0.0, help="γ of the pictures: noise added between steps")
+    add("--unet_time_cond_proj_dim", type=number(int, 4), default=256, help="width of a whole U-Net's embedding of w")
+
+
+def check_method_args(parser, args):
+    """Checks the method's arguments, and fills in what depends on others."""
+    if args.w_min > args.w_max:
+        parser.error(f"--w_min {args.w_min} is above --w_max {args.w_max}")
+    if args.validation_guidance_scale is None:
+        args.validation_guidance_scale = (args.w_min + args.w_max) / 2 + 1
+
+
+@dataclasses.dataclass
+class Draws:
+    """All randomness of a step: noise ε (like the latents), grid indices i and m, guidance weight w, each (batch,)."""
+
+    eps: torch.Tensor
+    index: torch.Tensor
+    end: torch.Tensor
+    w: torch.Tensor
+
+
+def draw(x_0, schedule, args, generator, _step):
+    """Makes the random draws of a step."""
+    batch, device = x_0.shape[0], x_0.device
+    eps = torch.randn(x_0.shape, generator=generator, device=device)
+    index = torch.randint(len(schedule.grid), (batch,), generator=generator, device=device)
+    end = (torch.rand(batch, generator=generator, device=device) * (index + 1)).long()
+    w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, generator=generator, device=device)
+    return Draws(eps, index, end, w)
+
+
+def trajectory_function(net, schedule, x_t, t, s, c, w):
+    """f(x_t, w, c, t → s) = α_s x̂_0 + σ_s ε̂: where the network sees the trajectory through x_t at the time s."""
+    return schedule.jump(*schedule.x0_eps(net(x_t, t, c, w), x_t, t), s)
+
+
+def consistency_loss(student, target, teacher, schedule, x_0, c, uncond, draws, args):
+    """Trajectory consistency distillation, arXiv:2402.19159: a pure function of networks, data and draws.
+
+    x_0: latents (batch, channels, height/8, width/8); c: conditioning, a dict of tensors (batch, …); uncond: that of
+    one empty prompt, or None. Returns the loss of each sample, (batch,).
+    """
+    t, t_prev, s = schedule.grid[draws.index], schedule.prev[draws.index], schedule.prev[draws.end]
+    f = functools.partial(trajectory_function, schedule=schedule, s=s, c=c, w=draws.w)
+    x_t = schedule.jump(x_0, draws.eps, t)
+    with torch.no_grad():  # before the student, so that these activations are gone when its graph is built
+        x0_hat, eps_hat = guided_prediction(teacher, schedule, x_t, t, c, uncond, draws.w)
+        x_prev = schedule.jump(x0_hat, eps_hat, t_prev)  # one solver step
+        is_there = (s == t_prev).view(-1, 1, 1, 1)  # nothing is left to jump over
+        f_target = torch.where(is_there, x_prev, f(target, x_t=x_prev, t=t_prev))
+    return distance(f(student, x_t=x_t, t=t), f_target, args.loss_type, args.huber_c)
+
+
+def predict_x0(net, schedule, x_t, t, c, w, args):  # noqa: ARG001
+    """What a student holds for x_0, in validation."""
+    return schedule.x0_eps(net(x_t, t, c, w), x_t, t)[0]
+
+
+def scheduler_options(args):
+    """The settings of METHOD.scheduler, which is exported with the teacher's noise schedule."""
+    return {"original_inference_steps": args.num_ddim_timesteps}
+
+
+def sample_options(args):
+    """What its `step` is given, in validation, beside the network's output: eta is γ of the paper."""
+    return {"eta": args.validation_eta}
+
+
+def usage(args, embeds_w):
+    """For the model card: the arguments of the pipeline's call, and what there is to say about them."""
+    trained = f"guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}"
+    if embeds_w:
+        call = f"num_inference_steps=4, guidance_scale={args.validation_guidance_scale:g}, eta=0.3"
+        return call, f"It was trained on {trained}, and is told which to use; negative prompts have no effect."
+    call = "num_inference_steps=4, guidance_scale=1, eta=0.3"
+    return call, f"It was trained on {trained}, and is used without guidance."
+
+
+def extra_validation(_run, _images):
+    """Figures that this method alone has: none."""
+    return {}
+
+
+# ====================================================================================================== the engine
+# From here to the last line all six scripts are the same to the byte (tools/copies.py sees to it). Who came for the
+# method need not read on. This is what the engine asks of it:
+#
+#   METHOD                name, papers and tag for the model card; scheduler: the class that is exported; has_teacher:
+#                         whether the loss takes one; target_drops: whether dropout masks the target's pass too
+#   DEFAULTS              of the engine's flags
+#   add_method_args       its own flags. The engine knows some of them: w_max (0: no unconditional pass), and where
+#   check_method_args     they are there unet_time_cond_proj_dim (a whole U-Net is told w), from_scratch and dropout
+#   draw                  all randomness of a step, as Draws
+#   consistency_loss      of each sample: a pure function of networks, latents, conditioning and draws
+#   predict_x0            what a student holds for x_0: validation samples with it
+#   scheduler_options     settings of METHOD.scheduler
+#   sample_options        what its step is given (eta)
+#   usage                 the call that the model card shows
+#   extra_validation      figures of its own
+#
+# Its sections: a step and the loop · networks (all that knows model families) · encoding · data · checkpoints and
+# export · validation and logging · arguments · main.
 logger = logging.getLogger("train")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
-INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST  # which is exact in PIL
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy")
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
-                   "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
-# Variant of train_lcm_distill_sd_wds.py: its own names
-OUTPUT_DIR, PROJECT = "tcd-distilled", "tcd-distill"
+NETWORKS = ("student", "target")  # what is trained, kept in checkpoints and exported
 
 
 def fail(message):
@@ -101,199 +300,695 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a number within [low, high]."""
-
-    def parse(text):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} does not lie in {low} … {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # which argparse names where the text is no number
-    return parse
+# ----------------------------------------------------------------------------------------------- a step and the loop
+COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row", "skipped_steps")
 
 
-def sizes(text):
-    """An argparse type: WIDTHxHEIGHT,… → [[width, height], …]."""
-    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) for size in text.lower().split(",")]
-    if None in found:
-        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT or several of them, parted by commas")
-    return [[int(side) for side in size.groups()] for size in found]
+@dataclasses.dataclass
+class Run:
+    """Everything a training step touches."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    models: SimpleNamespace  # of load_models
+    nets: dict  # Denoisers: student, target and, where there is one, teacher
+    optimizer: object  # accelerate's wrapper
+    lr_scheduler: object
+    reader: object  # BatchReader
+    uncond: dict | None  # conditioning of the empty prompt, for the teacher's guidance
+    empty: dict  # with encoded shards, that of an empty caption
+    step: int = 0
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    skipped_steps: int = 0  # by the gradient scaler of fp16
+    stop_signal: int = 0
+    host_group: object = None  # of all ranks, over gloo: cards that wait in it do not spin
+    history: list = dataclasses.field(default_factory=list)  # (loss, grad_norm) of the steps since the last log
+    references: dict = dataclasses.field(default_factory=dict)  # by size: Sampler and pictures of validate_size
 
 
-def add_model_args(parser):
-    add = parser.add_argument_group("models").add_argument
-    add("--pretrained_teacher_model", required=True, help="hub id or folder of the pipeline to distil")
-    add("--pretrained_vae_model_name_or_path", help="another VAE: hub id or folder")
-    add("--teacher_revision", help="revision of the teacher's repository")
-    add("--revision", help="revision of the VAE's repository (--pretrained_vae_model_name_or_path)")
-    add("--cache_dir", help="where downloaded models are kept")
-    add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, help="teacher in the compute precision (default)")
-    add("--unet_time_cond_proj_dim", type=number(int, 4), default=256, help="width of the guidance embedding w")
-    add("--offload_ema", action="store_true", help="keep the EMA on the CPU but for its pass and its update")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's sdpa")
-    add("--compile", action="store_true", help="torch.compile the U-Nets: minutes at the start, faster afterwards")
+def step_generator(run, micro_step):
+    """Seeds PyTorch, and gives a generator for the draws of this micro-step: pure functions of (seed, step, rank)."""
+    name = f"{run.args.seed}/{run.step}/{micro_step}/{run.accelerator.process_index}"
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+    torch.manual_seed(seed)  # for dropout, where a model has any
+    return torch.Generator(run.accelerator.device).manual_seed(seed)
 
 
-def add_data_args(parser):
-    add = parser.add_argument_group("data").add_argument
-    add("--train_shards_path_or_url", nargs="+", required=True, metavar="SHARDS",
-        help="tar shards: brace patterns, paths, URLs, pipe: commands, or a .txt list with one a line")  # fmt: skip
-    add("--max_train_samples", type=number(int, 1), help="samples in an epoch (default: counted, if shards are files)")
-    add("--encoded_shards", action=argparse.BooleanOptionalAction, help="read the latents and text embeddings that "
-        "prepare_shards.py stored (default: if the first sample has them)")  # fmt: skip
-    add("--resolution", type=number(int, 1), default=512, help="side of the square training images, in pixels; root of "
-        "the area of those that prepare_shards.py cropped to buckets")  # fmt: skip
-    add("--interpolation_type", default="bilinear", choices=sorted(INTERPOLATION), help="filter of the resize")
-    add("--center_crop", action="store_true", help="crop the centre instead of a random place")
-    add("--random_flip", action="store_true", help="mirror half of the images")
-    add("--proportion_empty_prompts", type=number(float, 0, 1), default=0.0, help="share of captions replaced by ''")
-    add("--min_image_size", type=number(int, 0), default=0, help="skip samples whose JSON gives a smaller side")
-    add("--max_pwatermark", type=float, default=0.5, help="skip samples whose JSON gives a higher pwatermark")
-    add("--max_bad_samples", type=number(float, 0, 1), default=0.5, help="stop if more of 1,000 samples are broken")
-    add("--shuffle_buffer_size", type=number(int, 1), default=1000, help="undecoded samples a loader worker shuffles")
-    add("--shard_timeout", type=float, default=60.0, help="seconds without data until a URL or pipe is given up")
-    add("--dataloader_num_workers", type=number(int, 0), default=4, help="loader processes for each rank")
+def train_step(run):
+    """One optimizer step over --gradient_accumulation_steps micro-batches, then the EMA of the target."""
+    args, accelerator, models, nets = run.args, run.accelerator, run.models, run.nets
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for micro_step in range(args.gradient_accumulation_steps):
+        batch, generator = run.reader.next_batch(), step_generator(run, micro_step)
+        with accelerator.accumulate(nets["student"].unet):
+            x_0, c = encode_batch(run, batch, generator)
+            draws = draw(x_0, models.schedule, args, generator, run.step)
+            loss = consistency_loss(student=nets["student"], target=nets["target"], teacher=nets.get("teacher"),
+                                    schedule=models.schedule, x_0=x_0, c=c, uncond=run.uncond, draws=draws,
+                                    args=args).mean()  # fmt: skip
+            accelerator.backward(loss)
+            loss_sum += loss.detach() / args.gradient_accumulation_steps
+    grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm or math.inf)
+    optimizer_step(run, grad_norm)
+    update_target(models, args)
+    run.history.append(torch.stack([loss_sum, grad_norm]))
 
 
-# Variant of train_lcm_distill_sd_wds.py: no scaling of the time
-def add_method_args(parser):
-    add = parser.add_argument_group("distillation").add_argument
-    add("--num_ddim_timesteps", type=number(int, 1), default=50, help="N, points of the teacher's DDIM grid")
-    add("--w_min", type=number(float, 0), default=5.0, help="lowest guidance weight (w = guidance_scale - 1)")
-    add("--w_max", type=number(float, 0), default=15.0, help="highest guidance weight; 0: no unconditional pass")
-    add("--loss_type", default="l2", choices=["l2", "huber"], help="distance d")
-    add("--huber_c", type=number(float, 1e-8), default=0.001, help="c in sqrt(d² + c²) − c")
-    add("--ema_decay", type=number(float, 0, 1), default=0.95, help="decay of the target network θ⁻")
-    add("--validation_eta", type=number(float, 0, 1), default=0.0, help="γ of the pictures: noise added between steps")
+def optimizer_step(run, grad_norm):
+    """Steps the optimizer unless the gradients are not finite.
+
+    A fused one decides that on the device, by the attributes that torch.amp.GradScaler gives it; others wait for it.
+    """
+    optimizer, is_bad = run.optimizer.optimizer, ~torch.isfinite(grad_norm)
+    has_scaler = run.accelerator.scaler is not None  # which skips such steps itself
+    if optimizer.defaults.get("fused") and not has_scaler:
+        optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
+    if optimizer.defaults.get("fused") or has_scaler or not is_bad:
+        run.optimizer.step()
+    run.skipped_steps += has_scaler and run.optimizer.step_was_skipped
+    run.optimizer.zero_grad()
+    run.lr_scheduler.step()
 
 
-def add_training_args(parser):
-    add = parser.add_argument_group("training").add_argument
-    add("--seed", type=int, default=0, help="of data order, noise, timesteps and guidance weights")
-    add("--train_batch_size", type=number(int, 1), default=16, help="images a process and micro-step")
-    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-steps in an optimizer step")
-    add("--num_train_epochs", type=number(int, 1), default=100, help="epochs, where --max_train_steps is not given")
-    add("--max_train_steps", type=number(int, 1), help="optimizer steps in all")
-    add("--learning_rate", type=number(float, 0), default=8e-6, help="peak learning rate")
-    add("--scale_lr", action="store_true", help="multiply it by batch size × accumulation × processes")
-    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="schedule of the learning rate")
-    add("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of linear warm-up (not for 'constant')")
-    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="8-bit ones need a quarter of the memory")
-    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
-    add("--adam_beta1", type=number(float, 0, 0.99999), default=0.9, help="decay of the first moment")
-    add("--adam_beta2", type=number(float, 0, 0.99999), default=0.999, help="decay of the second moment")
-    add("--adam_weight_decay", type=number(float, 0), default=1e-2, help="decoupled weight decay")
-    add("--adam_epsilon", type=number(float, 0), default=1e-8, help="epsilon of Adam")
-    add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm (0: not)")
-    add("--mixed_precision", choices=list(DTYPES), help="default: as `accelerate config` says")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
-    add("--vae_encode_batch_size", type=number(int, 1), help="images the VAE takes at once (default: a megapixel)")
+@torch.no_grad()
+def update_target(models, args):
+    """θ⁻ ← μ θ⁻ + (1 − μ) θ, all at once, or layer by layer where θ⁻ is kept on the CPU."""
+    if not args.ema_decay:  # θ⁻ is θ
+        return
+    if not args.offload_ema:
+        return torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
+    for target, student in zip(models.target_parameters, models.student_parameters, strict=True):
+        moved = target.to(student.device, non_blocking=True).lerp_(student, 1 - args.ema_decay)
+        target.copy_(moved, non_blocking=True)  # on the host when the loss of this step is read there
 
 
-def add_output_args(parser):
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default=OUTPUT_DIR, help="folder of the run")
-    add("--logging_dir", default="logs", help="tracker files, below --output_dir")
-    add("--logging_steps", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (a host sync)")
-    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "all", "none"], help="trackers")
-    add("--tracker_project_name", default=PROJECT, help="project in the trackers")
-    add("--checkpointing_steps", type=number(int, 0), default=500, help="steps between checkpoints (0: none)")
-    add("--checkpoints_total_limit", type=number(int, 1), help="checkpoints to keep")
-    add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
-    add("--validation_steps", type=number(int, 0), default=200, help="steps between validations (0: none)")
-    add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line")
-    add("--validation_negative_prompt", default="", help="negative prompt of the teacher in validation")
-    add("--validation_guidance_scale", type=number(float, 1), help="w + 1 (default: middle of the trained range)")
-    add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")
-    add("--validation_resolutions", type=sizes, help="WIDTHxHEIGHT,… of the pictures (default: --resolution)")
-    add("--num_validation_images", type=number(int, 1), default=2, help="seeds for each prompt, for the fidelity")
-    add("--push_to_hub", action="store_true", help="upload what is exported")
-    add("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
-    add("--hub_token", help="token for the upload; never written to any file")
+def train(run):
+    """The loop: steps, logs, checkpoints and validations until --max_train_steps or a signal."""
+    args, accelerator = run.args, run.accelerator
+    progress = tqdm(total=args.max_train_steps, initial=run.step, disable=not accelerator.is_local_main_process,
+                    desc="Steps", unit="step", dynamic_ncols=True)  # fmt: skip
+    if args.validation_steps and run.step == 0:
+        validate(run)
+    clock = {"time": time.perf_counter(), "step": run.step}
+    while run.step < args.max_train_steps:
+        train_step(run)
+        run.step += 1
+        progress.update()
+        is_last = run.step == args.max_train_steps
+        if run.step % args.logging_steps == 0 or is_last:
+            log_metrics(run, clock, progress)
+        stop = torch.tensor(run.stop_signal)
+        if run.host_group:  # the ranks agree on the host, so that the device need not be waited for
+            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=run.host_group)
+        paused = time.perf_counter()
+        if stop or (args.checkpointing_steps and (run.step % args.checkpointing_steps == 0 or is_last)):
+            save_checkpoint(run)
+        if stop:
+            progress.close()
+            logger.warning("Stopped by signal %d; go on with --resume_from_checkpoint latest", stop)
+            raise SystemExit(128 + int(stop))
+        if args.validation_steps and (run.step % args.validation_steps == 0 or is_last):
+            validate(run)
+        clock["time"] += time.perf_counter() - paused
+    progress.close()
 
 
-def check_method_args(parser, args):
-    """Checks the method's arguments, and fills in what depends on others."""
-    if args.w_min > args.w_max:
-        parser.error(f"--w_min {args.w_min} is above --w_max {args.w_max}")
-    if args.validation_guidance_scale is None:
-        args.validation_guidance_scale = (args.w_min + args.w_max) / 2 + 1
+def wait_for_all(run):
+    """Waits for all ranks, on the host."""
+    if run.host_group:
+        torch.distributed.barrier(group=run.host_group)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
+def handle_signals(run):
+    """SIGTERM and SIGINT end the run after the step under way, with a checkpoint; a second SIGINT ends it at once."""
 
-    def _get_help_string(self, action):
-        is_empty = action.default is None or action.default is False or action.default == ""
-        return action.help if is_empty else super()._get_help_string(action)
+    def handler(signum, _frame):
+        run.stop_signal = signum
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM often comes twice: from the batch system and torchrun
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, handler)
 
 
-def parse_args(argv=None):
-    """Reads the command line and refuses what can be known to be wrong without opening a file."""
-    formatter = functools.partial(HelpFormatter, max_help_position=44, width=120)
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@",
-        usage="%(prog)s --pretrained_teacher_model MODEL --train_shards_path_or_url SHARDS [flags] [@file-with-flags]",
-    )  # fmt: skip
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
-    for add_group in (add_model_args, add_data_args, add_method_args, add_training_args, add_output_args):
-        add_group(parser)
+# ---------------------------------------------------------------------------------------------------------- networks
+class StableDiffusion:
+    """SD 1.x and 2.x. A family says which teachers are its own, and how they are loaded, told of prompts, called and
+    exported: nothing else in the engine knows what kind of model is trained.
+    """
+
+    name, pipeline = "Stable Diffusion 1.x or 2.x", StableDiffusionPipeline
+    tokenizers, encoders = ("tokenizer",), {"text_encoder": CLIPTextModel}
+    has_time_ids = False
+    heeds_upcast = False  # `force_upcast` of a VAE's configuration is true by default, and meant for SDXL alone
+    zeros_for_empty = False  # whether an empty prompt is encoded as zeros, where model_index.json does not say
+    # the layers that a LoRA adapts, by the ends of their names
+    adapted = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+               "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
+
+    @staticmethod
+    def claims(parts):
+        """Whether a pipeline with these parts, those of its model_index.json, is of this family."""
+        return "unet" in parts and "text_encoder_2" not in parts
+
+    @staticmethod
+    def complaint(_parts):
+        """What is wrong with a pipeline of this family, or None."""
+
+    @staticmethod
+    def conditioning(outputs):
+        """The text encoders' outputs → c: `text`, (batch, tokens, width)."""
+        return {"text": outputs[0][0]}
+
+    @staticmethod
+    def inputs(c, dtype):
+        """c as arguments of the U-Net."""
+        return {"encoder_hidden_states": c["text"].to(dtype)}
+
+    @staticmethod
+    def pipeline_options(_parts):
+        """Further arguments of the exported pipeline."""
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+class StableDiffusionXL(StableDiffusion):
+    """SDXL: a second text encoder with a pooled embedding, and sizes and crops as micro-conditioning."""
+
+    name, pipeline = "Stable Diffusion XL", StableDiffusionXLPipeline
+    tokenizers = ("tokenizer", "tokenizer_2")
+    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    has_time_ids = heeds_upcast = zeros_for_empty = True
+
+    @staticmethod
+    def claims(parts):
+        return "unet" in parts and "text_encoder_2" in parts
+
+    @staticmethod
+    def complaint(parts):
+        if not parts.get("text_encoder", [None])[0]:
+            return "an SDXL refiner, which is no text-to-image model"
+        kind = parts.get("_class_name")
+        return None if kind == "StableDiffusionXLPipeline" else f"a {kind}, not the text-to-image pipeline of SDXL"
+
+    @staticmethod
+    def conditioning(outputs):
+        """`text`, (batch, tokens, width) of both encoders, and `pooled` of the second, (batch, width)."""
+        text = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {"text": text, "pooled": outputs[-1].text_embeds}
+
+    @staticmethod
+    def inputs(c, dtype):
+        """c, here with `time_ids` (batch, 6), which stay float32: bf16 holds no 1023."""
+        added = {"text_embeds": c["pooled"].to(dtype), "time_ids": c["time_ids"].float()}
+        return {"encoder_hidden_states": c["text"].to(dtype), "added_cond_kwargs": added}
+
+    @staticmethod
+    def pipeline_options(parts):
+        zeros = parts.get("force_zeros_for_empty_prompt", True)
+        return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+
+
+FAMILIES = (StableDiffusion, StableDiffusionXL)
+
+
+class Denoiser:
+    """A U-Net in the paper's terms: `net(x_t, t, c, w)` runs it in its own precision and gives its output in float32.
+
+    c is a dict of tensors (batch, …). w (batch,) goes in as an embedding where the U-Net takes one, and is ignored
+    elsewhere. `unet` is what is called (DDP's wrapper for the student), `base` the U-Net itself. Of a U-Net with
+    adapters, `adapter` is active, or with None none of them: the teacher. `drops`: whether dropout masks anything.
+    One that `is_offloaded` stays on the CPU, and is lent to the device for the call.
+    """
+
+    def __init__(self, unet, base, family, adapter=None, drops=False, is_offloaded=False):
+        self.unet, self.base, self.family, self.adapter = unet, base, family, adapter
+        self.dtype, self.guidance_dim = base.conv_in.weight.dtype, base.config.time_cond_proj_dim
+        self.layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        self.dropouts = [m for m in base.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+        self.drops, self.is_offloaded = drops, is_offloaded
+
+    def __call__(self, x_t, t, c, w):
+        for layer in self.layers:  # by attribute: peft's methods would touch requires_grad, and take a while
+            layer._disable_adapters = self.adapter is None
+            if self.adapter:
+                layer._active_adapter = [self.adapter]
+        for module in self.dropouts:
+            module.training = self.drops
+        if self.guidance_dim:  # as the pipelines' get_guidance_scale_embedding
+            w = get_timestep_embedding(1000 * w.float(), self.guidance_dim, downscale_freq_shift=1).to(self.dtype)
+        options = {"timestep_cond": w if self.guidance_dim else None, "return_dict": False}
+        given, options = (x_t.to(self.dtype), t), {**self.family.inputs(c, self.dtype), **options}
+        if not self.is_offloaded:
+            return self.unet(*given, **options)[0].float()
+        weights = {name: value.to(x_t.device, non_blocking=True) for name, value in self.unet.state_dict().items()}
+        return torch.func.functional_call(self.unet, weights, given, options)[0].float()
+
+
+@contextlib.contextmanager
+def without_dropout(nets):
+    """Switches the networks' dropout off for a while."""
+    drops = {name: net.drops for name, net in nets.items()}
+    for net in nets.values():
+        net.drops = False
     try:
-        args = parser.parse_args(argv)
-    except ValueError as error:  # of shlex or a codec
-        parser.error(f"an @file with flags cannot be read: {error}")
-    check_method_args(parser, args)
-    if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
-        parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
-    if args.use_8bit_adam:
-        if args.optimizer not in ("adamw", "adamw8bit"):
-            parser.error(f"--use_8bit_adam is --optimizer adamw8bit, not {args.optimizer}")
-        args.optimizer = "adamw8bit"
-    if args.mixed_precision is None:
-        args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if args.mixed_precision not in DTYPES:
-        parser.error(f"--mixed_precision {args.mixed_precision}, as accelerate's configuration says, is not supported")
-    if args.cast_teacher_unet is None:
-        args.cast_teacher_unet = args.mixed_precision != "no"
-    if args.validation_resolutions is None:
-        args.validation_resolutions = [[args.resolution, args.resolution]]
-    if args.vae_encode_batch_size is None:  # more only needs more memory
-        args.vae_encode_batch_size = max(1, 2**20 // args.resolution**2)
-    return args
+        yield
+    finally:
+        for name in drops:
+            nets[name].drops = drops[name]
 
 
-def check_environment(args):
-    """Refuses what this machine cannot do: a folder it cannot write, fp16 without a GPU, packages that are missing."""
-    output, xformers = Path(args.output_dir), args.enable_xformers_memory_efficient_attention
+def check_schedule(args, scheduler, kind):
+    """Refuses a teacher's noise schedule, of a scheduler of class `kind`, that no grid of DDPM times can follow."""
+    path, config = args.pretrained_teacher_model, scheduler.config
+    is_known = config.trained_betas or config.beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
+    if not is_known or kind.startswith(("EDM", "FlowMatch")):
+        fail(f"{path}: {kind} with beta_schedule {config.beta_schedule!r} is not supported, only DDPM's discrete times")
+    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        fail(f"{path}: prediction type {config.prediction_type!r} is not epsilon, v_prediction or sample")
+    if config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+        fail(f"{path}: at the last time, pure noise (rescale_betas_zero_snr), a prediction of epsilon says nothing")
+    steps = config.num_train_timesteps
+    if args.num_ddim_timesteps > steps:
+        fail(f"--num_ddim_timesteps {args.num_ddim_timesteps} must lie in 1 … {steps}")
+    if rest := steps % args.num_ddim_timesteps:
+        logger.warning("--num_ddim_timesteps does not divide %d: the grid ends at t = %d", steps, steps - rest - 1)
+
+
+def hub_source(args, is_vae=False):
+    """Where `from_pretrained` finds the teacher, or the VAE that was given instead of its own: path and arguments."""
+    if is_vae and args.pretrained_vae_model_name_or_path:
+        return args.pretrained_vae_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    return args.pretrained_teacher_model, source | ({"subfolder": "vae"} if is_vae else {})
+
+
+def check_teacher(args):
+    """Reads the teacher's configuration; refuses what is no text-to-image U-Net of a family.
+
+    Returns its `family`, `parts` (model_index.json) and `scheduler`.
+    """
+    path, source = hub_source(args)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        fail(f"--output_dir {output} cannot be written: {error}")
-    for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # where rank 0, which alone saves, would wait for the others
-        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
-            fail(f"{kind} is not supported; use distributed_type MULTI_GPU, and --optimizer adamw8bit to save memory")
-    is_parallel = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if is_parallel and not torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        fail("several processes without a GPU do not find each other unless ACCELERATE_USE_CPU=true is set")
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-        fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
-    if xformers and not torch.cuda.is_available():
-        fail("--enable_xformers_memory_efficient_attention needs a GPU; without it PyTorch's attention is used")
-    if args.optimizer.startswith("paged") and not torch.cuda.is_available():
-        fail(f"--optimizer {args.optimizer} needs a GPU; use adamw8bit")
-    wanted = {"wandb": args.report_to in ("wandb", "all"), "tensorboard": args.report_to in ("tensorboard", "all"),
-              "bitsandbytes": "8bit" in args.optimizer, "prodigyopt": args.optimizer == "prodigy",
-              "xformers": xformers}  # fmt: skip
-    for package in (package for package, is_wanted in wanted.items() if is_wanted):
-        try:
-            __import__(package)
-        except Exception as error:
-            fail(f"a flag asks for {package}, which cannot be imported here ({error}); install it or drop the flag")
-    if not args.resume_from_checkpoint and list_checkpoints(output):
-        fail(f"--output_dir {output} holds checkpoints; --resume_from_checkpoint latest, or another folder?")
+        parts = {**diffusers.DiffusionPipeline.load_config(path, **source)}  # which may be of any kind
+        scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **source)
+        unet = UNet2DConditionModel.load_config(path, subfolder="unet", **source) if "unet" in parts else None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        fail(f"--pretrained_teacher_model {path} cannot be read as a diffusers pipeline: {first_line(error)}")
+    family = next((family for family in FAMILIES if family.claims(parts)), None)
+    if family is None:
+        names = " or ".join(family.name for family in FAMILIES)
+        fail(f"{path}, a {parts.get('_class_name')}, has no U-Net: it is not {names}")
+    if complaint := family.complaint(parts):
+        fail(f"{path} is {complaint}")
+    if unet["in_channels"] != unet["out_channels"]:
+        fail(f"{path} takes {unet['in_channels']} channels (in-painting, depth?), text-to-image {unet['out_channels']}")
+    check_schedule(args, scheduler, str(parts.get("scheduler", [None, None])[1]))
+    return SimpleNamespace(family=family, parts=parts, scheduler=scheduler)
+
+
+def check_tokenizer(tokenizer):
+    """Raises ValueError for a tokenizer without a vocabulary, which transformers makes of a folder without the file."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("a tokenizer knows no words, only its special tokens: are files missing?")
+
+
+def load_frozen(args, family, dtype):
+    """Loads tokenizers, text encoders and VAE, frozen: lists in the family's order, and a network."""
+    path, source = hub_source(args)
+    tokenizers = [AutoTokenizer.from_pretrained(path, subfolder=name, **source) for name in family.tokenizers]
+    text_encoders = torch.nn.ModuleList(kind.from_pretrained(path, subfolder=name, dtype=dtype, **source)
+                                        for name, kind in family.encoders.items())  # fmt: skip
+    for tokenizer in tokenizers:
+        check_tokenizer(tokenizer)
+    path, source = hub_source(args, is_vae=True)
+    vae = AutoencoderKL.from_pretrained(path, **source)
+    vae.to(torch.float32 if family.heeds_upcast and vae.config.get("force_upcast") else dtype)
+    return tokenizers, text_encoders.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
+
+
+def load_unet(args, dtype):
+    """Loads the teacher's U-Net, frozen, in this precision or quantised as --base_precision says."""
+    options = {"torch_dtype": dtype}
+    if args.base_precision != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=args.base_precision == "int8", load_in_4bit=args.base_precision == "nf4",
+            bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)  # fmt: skip
+    path, source = hub_source(args)
+    return UNet2DConditionModel.from_pretrained(path, subfolder="unet", **source, **options).requires_grad_(False)
+
+
+def make_student(source, args):
+    """Copies a U-Net into a float32 student, with --dropout, and --from_scratch with random weights.
+
+    Where the method has it told w, that embedding's projection is new and zero: the student starts as its source.
+    """
+    config = {k: v for k, v in source.config.items() if k != "_use_default_values"}  # which from_config would drop
+    config["time_cond_proj_dim"] = source.config.time_cond_proj_dim or args.unet_time_cond_proj_dim
+    config["dropout"] = source.config.dropout if args.dropout is None else args.dropout
+    torch.manual_seed(args.seed)
+    student = UNet2DConditionModel.from_config(config)
+    if config["time_cond_proj_dim"] and not source.config.time_cond_proj_dim:
+        torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    if not args.from_scratch:
+        student.load_state_dict({**student.state_dict(), **source.state_dict()})
+    return student.train()
+
+
+def load_unets(args, family, dtype):
+    """Loads teacher (None where the method has none), student, target, and the names of their adapters by network.
+
+    They are U-Nets of their own, and there are no adapters, or one U-Net: the base of the adapters, frozen. Without
+    --ema_decay the target is the student itself.
+    """
+    dtype = dtype if args.cast_teacher_unet else torch.float32
+    if args.lora_rank:
+        base = load_unet(args, dtype)
+        return base, base, base, add_adapters(base, args, family)
+    teacher = load_unet(args, torch.float32)
+    source = UNet2DConditionModel.from_pretrained(args.init_from, subfolder="unet") if args.init_from else teacher
+    student = make_student(source, args)
+    target = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    return teacher.to(dtype).eval() if METHOD.has_teacher else None, student, target, {}
+
+
+def load_adapter(unet, args, family):
+    """Adds the adapter `default` from --init_lora, which brings its own rank, alpha and layers."""
+    try:
+        options = {"cache_dir": args.cache_dir, "unet_config": unet.config, "return_lora_metadata": True}
+        state, alphas, metadata = family.pipeline.lora_state_dict(args.init_lora, **options)
+        metadata = metadata and {**metadata, "lora_dropout": args.lora_dropout}
+        unet.load_lora_adapter(state, "unet", network_alphas=alphas, adapter_name="default", metadata=metadata)
+    except Exception as error:
+        fail(f"--init_lora {args.init_lora} cannot be loaded into this U-Net: {first_line(error)}")
+    if "default" not in getattr(unet, "peft_config", {}):
+        fail(f"--init_lora {args.init_lora} has no layer of this U-Net")
+    state = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
+    if not any(".lora_A." in key for key in state):
+        state = convert_unet_state_dict_to_peft(state)
+    adapter_to_float32(unet, "default")
+    set_peft_model_state_dict(unet, state, "default")  # unrounded
+    if args.lora_alpha or args.lora_target_modules or args.lora_rank != unet.peft_config["default"].r:
+        logger.warning("--init_lora brings its rank, %d, its alpha and its layers; --lora_rank, --lora_alpha and "
+                       "--lora_target_modules are not used", unet.peft_config["default"].r)  # fmt: skip
+    if args.lora_dropout and not metadata:
+        logger.warning("--init_lora %s has no metadata: --lora_dropout is not used", args.init_lora)
+
+
+def make_adapter(unet, args, family):
+    """Adds a new adapter `default`. It changes nothing yet: its second matrix is zero."""
+    layers = [name for name, _ in unet.named_modules()]
+    found = {name for name in args.lora_target_modules or family.adapted
+             if any(layer == name or layer.endswith(f".{name}") for layer in layers)}  # fmt: skip
+    if missing := set(args.lora_target_modules or ()) - found:
+        fail(f"--lora_target_modules: no layer's name ends in {', '.join(sorted(missing))}")
+    torch.manual_seed(args.seed)
+    unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha or args.lora_rank,
+                                lora_dropout=args.lora_dropout, target_modules=sorted(found)))  # fmt: skip
+    adapter_to_float32(unet, "default")
+
+
+def add_adapters(unet, args, family):
+    """Adds the adapters `default`, the student, and `target`, both float32 and at first the same; returns their names.
+
+    With --ema_decay 0 the target is the student itself.
+    """
+    (load_adapter if args.init_lora else make_adapter)(unet, args, family)
+    names = {"student": "default", "target": "target" if args.ema_decay else "default"}
+    if args.ema_decay:
+        with warnings.catch_warnings():  # of peft: that there are several adapters now
+            warnings.simplefilter("ignore", UserWarning)
+            unet.add_adapter(copy.deepcopy(unet.peft_config["default"]), "target")
+        adapter_to_float32(unet, "target")
+        set_peft_model_state_dict(unet, get_peft_model_state_dict(unet, adapter_name="default"), "target")
+    unet.set_adapter("default")  # the one that is trained
+    unet.train()  # as any network that is trained; dropout is switched by the Denoisers
+    for layer in unet.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False  # peft would cast to float32 what autocast takes in half precision
+    return names
+
+
+def adapter_to_float32(unet, name):
+    """Training is in float32, whatever the base's precision is."""
+    for parameter in adapter_parameters(unet, name):
+        parameter.data = parameter.data.float()
+
+
+def adapter_parameters(unet, name):
+    """The parameters of an adapter, in the same order for every adapter."""
+    return [value for key, value in unet.named_parameters() if re.search(rf"\.lora_[AB]\.{name}\.", key)]
+
+
+def run_norm(norm, x):
+    """A GroupNorm or LayerNorm in the precision of its input.
+
+    Autocast on CUDA would run it in float32, and keep that for the backward pass: a quarter of the activations' memory.
+    Its kernels sum in float32 all the same, and autocast on a CPU leaves it alone.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        weight, bias = (None if value is None else value.to(x.dtype) for value in (norm.weight, norm.bias))
+        if isinstance(norm, torch.nn.GroupNorm):
+            return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def keep_norms_in_half(unet):
+    """Lets the norms of a U-Net on a GPU do as `run_norm` says."""
+    for module in unet.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.forward = functools.partial(run_norm, module)
+
+
+def check_latents(args, vae, unet):
+    """Refuses a VAE that is not the U-Net's, and picture sizes that it does not divide."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    sides = {"resolution": [args.resolution], "validation_resolutions": sum(args.validation_resolutions, [])}
+    for flag, given in sides.items():
+        if any(side % factor for side in given):
+            fail(f"--{flag}: {given} must be multiples of the VAE's factor, {factor}")
+    if vae.config.latent_channels != unet.config.in_channels:
+        fail(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net takes {unet.config.in_channels}")
+    if vae.config.get("latents_mean"):
+        fail("a VAE with latents_mean and latents_std is not supported")
+
+
+def tune_unet(unet, args, device, has_adapters):
+    """Applies the flags that make a U-Net faster or smaller."""
+    if device.type != "cpu" and args.half_precision_norms:
+        keep_norms_in_half(unet)
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if args.compile and has_adapters and device.type == "cpu":  # with frozen weights inductor's fused attention gets
+        unet.set_attn_processor(AttnProcessor())  # wrong gradients there (torch 2.13)
+    if args.compile:
+        # student and teacher share code: without this, their different batches would make all sizes dynamic
+        unet.compile(dynamic=None if args.bucketed_shards else False)
+
+
+def load_models(args, teacher, accelerator):
+    """Loads all networks of a run to the device, channels-last, with the attention and compilation asked for.
+
+    `student` and `target` are float32 U-Nets and `adapters` is empty, or they are the teacher itself and `adapters`
+    holds the names of their adapters; the others are frozen in the compute precision; `scheduler` is what is exported.
+    """
+    dtype, device, family = DTYPES[accelerator.mixed_precision], accelerator.device, teacher.family
+    try:
+        tokenizers, text_encoders, vae = load_frozen(args, family, dtype)
+        *unets, adapters = load_unets(args, family, dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        fail(f"the teacher, the VAE or --init_from cannot be loaded: {first_line(error)}")
+    networks = dict(zip(("teacher", *NETWORKS), unets, strict=True))
+    student, target = networks["student"], networks["target"]
+    check_latents(args, vae, student)
+    text_encoders.to("cpu" if args.encoded_shards else device)
+    different = [unet for unet in dict.fromkeys(unets) if unet is not None]
+    for model in (vae, *different):  # channels-last halves a VAE's time on a CPU, and helps tensor cores
+        is_offloaded = model is target and args.offload_ema or model is vae and args.encoded_shards
+        model.to("cpu" if is_offloaded else device, memory_format=torch.channels_last)
+    for unet in different:
+        tune_unet(unet, args, device, bool(adapters))
+    parameters = {f"{name}_parameters": adapter_parameters(networks[name], adapters[name]) if adapters else
+                  list(networks[name].parameters()) for name in NETWORKS}  # fmt: skip
+    for parameter in parameters["student_parameters"] if "8bit" in args.optimizer else ():
+        parameter.data = parameter.data.contiguous()  # as bitsandbytes makes it at every step
+    if args.offload_ema and device.type == "cuda":
+        for parameter in target.parameters():  # in pinned memory, so that the host need not wait for its copies
+            parameter.data = parameter.data.pin_memory()
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    zeros = teacher.parts.get("force_zeros_for_empty_prompt", family.zeros_for_empty)
+    return SimpleNamespace(family=family, parts=teacher.parts, tokenizers=tokenizers, text_encoders=text_encoders,
+                           vae=vae, **networks, adapters=adapters, **parameters, zeros_for_empty=zeros,
+                           scheduler=make_scheduler(teacher.scheduler.config, args),
+                           schedule=Schedule(teacher.scheduler, args.num_ddim_timesteps, device))  # fmt: skip
+
+
+def make_scheduler(config, args):
+    """The stock scheduler that is exported: the teacher's noise schedule, the trained grid, latents not clipped."""
+    known = inspect.signature(METHOD.scheduler).parameters
+    config = {k: v for k, v in config.items() if k in known} | {"clip_sample": False, "thresholding": False}
+    return METHOD.scheduler(**config | scheduler_options(args))
+
+
+def prepare(models, args, optimizer, accelerator):
+    """Gives the networks and the optimizer to accelerate; returns the Denoisers by name, and the optimizer."""
+    wrapped = {"teacher": models.teacher, "target": models.target}
+    wrapped["student"], optimizer = accelerator.prepare(models.student, optimizer)
+    if models.target is not models.student:  # autocast as the student; it is on its device already
+        wrapped["target"] = accelerator.prepare_model(models.target, device_placement=False, evaluation_mode=True)
+    drops = {"student": True, "target": METHOD.target_drops}
+    nets = {name: Denoiser(unet, getattr(models, name), models.family, models.adapters.get(name),
+                           drops.get(name, False)) for name, unet in wrapped.items() if unet is not None}  # fmt: skip
+    nets["target"].is_offloaded = args.offload_ema
+    return nets, optimizer
+
+
+def network_state(models, name):
+    """The tensors of `student` or `target` that a checkpoint holds: of the U-Net or of its adapter."""
+    unet, adapter = getattr(models, name), models.adapters.get(name)
+    state = get_peft_model_state_dict(unet, adapter_name=adapter) if adapter else unet.state_dict()
+    return {key: value.contiguous() for key, value in state.items()}
+
+
+def load_network(models, name, tensors):
+    """Gives `student` or `target` the tensors of a checkpoint. Raises KeyError where they are of other layers."""
+    unet, adapter = getattr(models, name), models.adapters.get(name)
+    if tensors.keys() != network_state(models, name).keys():
+        raise KeyError("its network has other layers")
+    set_peft_model_state_dict(unet, tensors, adapter) if adapter else unet.load_state_dict(tensors)
+
+
+@contextlib.contextmanager
+def lent(model, device):
+    """Brings a model that is kept on the CPU to the device for a while."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+@contextlib.contextmanager
+def starting_model(run):
+    """Lends `run.nets` as `teacher` the model that training started from, where the method has no teacher: loaded for
+    the moment, or for a LoRA its base, also where --init_lora gave the adapter a start.
+    """
+    if "teacher" in run.nets:
+        yield
+        return
+    models, args = run.models, run.args
+    path, source = (args.init_from, {}) if args.init_from else hub_source(args)
+    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **source)
+    unet.to(run.accelerator.device, models.vae.dtype).eval()
+    run.nets["teacher"] = Denoiser(unet, unet, models.family)
+    try:
+        yield
+    finally:
+        del run.nets["teacher"]
+
+
+# ---------------------------------------------------------------------------------------------------------- encoding
+@torch.no_grad()
+def encode_images(vae, pixel_values, chunk):
+    """uint8 pixels (batch, 3, height, width) → mean and standard deviation of the latents, float32 (batch, channels,
+    height/8, width/8), before the scaling factor.
+    """
+    pixels = (pixel_values / 127.5 - 1).to(vae.dtype, memory_format=torch.channels_last)
+    found = [vae.encode(part).latent_dist for part in pixels.split(chunk)]
+    return torch.cat([part.mean for part in found]).float(), torch.cat([part.std for part in found]).float()
+
+
+@torch.no_grad()
+def decode_latents(vae, latents, chunk):
+    """Latents → images in [0, 1], float32 (batch, 3, height, width)."""
+    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+    with lent(vae, latents.device):
+        images = torch.cat([vae.decode(part).sample.float() for part in scaled.split(chunk)])
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_prompts(models, captions):
+    """Captions → conditioning, a dict of tensors (batch, …), in the text encoders' precision."""
+    outputs = []
+    for tokenizer, encoder in zip(models.tokenizers, models.text_encoders, strict=True):
+        length = tokenizer.model_max_length
+        tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        tokens = tokens.to(encoder.device, non_blocking=True)
+        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+        outputs.append(encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True))
+    return models.family.conditioning(outputs)
+
+
+def encode_uncond(models, text):
+    """The conditioning (1, …) of the unconditional half: zeros for an empty text where the pipeline says so."""
+    are_zero = not text and models.zeros_for_empty
+    return {name: value * (not are_zero) for name, value in encode_prompts(models, [text]).items()}
+
+
+def size_ids(width, height, count, device):
+    """Time ids (count, 6) of pictures that were neither resized nor cropped."""
+    return torch.tensor([[height, width, 0, 0, height, width]], device=device).expand(count, -1)
+
+
+def find_empty(models, urls):
+    """Conditioning of the empty prompt, (1, …), as the encoded shards came with or as the text encoders give it.
+
+    Ends the run if the stored one, or the latents of the grey ramp stored beside it, are those of other models.
+    """
+    path = Path(re.sub("^file:(//)?", "", urls[0])).with_name("empty.safetensors")
+    computed = encode_prompts(models, [""])
+    if not path.is_file():  # behind a URL
+        return computed
+    device, names = computed["text"].device, tuple(computed)
+    with lent(models.vae, device):
+        ramp = torch.arange(0, 256, 4, dtype=torch.uint8, device=device).expand(1, 3, 64, 64)
+        computed["latents"] = encode_images(models.vae, ramp, 1)[0]
+    try:
+        stored = {name: value.to(device) for name, value in load_file(path).items()}
+    except Exception as error:
+        fail(f"{path} is damaged: {first_line(error)}; delete it, and the text encoder makes it anew")
+    for name, value in computed.items():
+        known = stored.get(name, value.new_zeros(0))
+        if known.shape != value.shape or not (known - value).norm() < 0.1 * value.norm():
+            what = "VAE's" if name == "latents" else f"teacher's {name}"
+            fail(f"{path} does not hold this {what} encoding: the shards were made with another model")
+    return {name: stored[name] for name in names}
+
+
+@torch.no_grad()
+def encode_batch(run, batch, generator):
+    """Latents x_0, float32 and sampled, and conditioning c of a batch: encoded here, or as its shards hold them."""
+    models = run.models
+    given = {name: value.to(run.accelerator.device, non_blocking=True) for name, value in batch.items()
+             if torch.is_tensor(value)}  # fmt: skip
+    if "pixel_values" in given:
+        mean, std = encode_images(models.vae, given["pixel_values"], run.args.vae_encode_batch_size)
+        c = encode_prompts(models, batch["captions"])
+    else:
+        mean, std, is_empty = given["mean"].float(), given["std"].float(), given["is_empty"]
+        c = {name: torch.where(is_empty.view(-1, *[1] * (empty.ndim - 1)), empty, given[name])
+             for name, empty in run.empty.items()}  # fmt: skip
+    if models.family.has_time_ids:
+        c["time_ids"] = given["time_ids"]
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return (mean + std * noise) * models.vae.config.scaling_factor, c
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
+INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST  # which is exact in PIL
+IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
+MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json", "safetensors"}  # nothing else of a shard is ever read
+MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
+FILTERS = ("below min_image_size", "above max_pwatermark")
+FAULTS = ("unreadable shard", "duplicate member", "no image", "no caption", "broken image", "image too large",
+          "other resolution", "broken encoding", "other encoding", "no time_ids")  # fmt: skip
+
+
+class BadSample(Exception):
+    """A sample that is skipped; `args` are one of FILTERS or FAULTS, and a detail for the log."""
 
 
 def redact(value):
@@ -302,29 +997,11 @@ def redact(value):
         return [redact(item) for item in value]
     if not isinstance(value, str):
         return value
-    value = re.sub(r"(?<=://)[^/@\s]+@|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
+    login = r"[^/\s]+@|[^/\s:@]*:(?!\d*(?:[/\s]|$))[^@'\"]*@"  # the latter: passwords with what no URL may hold
+    value = re.sub(rf"(?<=://)(?:{login})|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
     secret = r"\w*(?:token|secret|key|passw|auth|sig|credential|jwt)\w*"
     value = re.sub(rf"(?i)({secret}\s*[:= ]\s*)(?:(?:bearer|basic)\s+)?[^\s&'\"]+", r"\1…", value)
     return re.sub(r"hf_\w{8,}", "…", value)
-
-
-def public_args(args):
-    """The arguments as they may be written to files and trackers: without tokens."""
-    prompts = ("validation_prompts", "validation_negative_prompt")
-    return {k: v if k in prompts else redact(v) for k, v in vars(args).items() if k != "hub_token"}
-
-
-# ------------------------------------------------------------------------------------------------------------ data
-IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
-MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json", "safetensors"}  # nothing else of a shard is ever read
-MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
-FILTERS = ("below min_image_size", "above max_pwatermark")
-FAULTS = ("unreadable shard", "duplicate member", "no image", "no caption", "broken image", "image too large",
-          "other resolution", "broken encoding", "other encoding")  # fmt: skip
-
-
-class BadSample(Exception):
-    """A sample that is skipped; `args` are one of FILTERS or FAULTS, and a detail for the log."""
 
 
 def kill_tree(pid):
@@ -348,7 +1025,8 @@ class ShardReader:
             raise TimeoutError(f"no data for {self.timeout:g} s")
         data = os.read(self.pipe.stream.fileno(), size)
         if not data and (status := self.pipe.proc.wait(self.timeout)) != 0:
-            raise OSError(f"command ended with status {status}")
+            known = {3: "no URL", 6: "no such host", 7: "refused", 22: "not found, or not allowed"}  # of curl
+            raise OSError(f"command ended with status {status}" + (f": {known[status]}" if status in known else ""))
         return data
 
     def close(self):
@@ -357,8 +1035,27 @@ class ShardReader:
         self.pipe.proc.wait()
 
 
+def quote_url(url):
+    """An http(s) URL as it may be sent: blanks and letters beyond ASCII encoded. Raises ValueError if it is none."""
+    if not re.match("(?i)https?://", url):
+        return url
+    parts = urllib.parse.urlsplit(urllib.parse.quote(url, safe="".join(map(chr, range(33, 127)))))
+    login, at, host = parts.netloc.rpartition("@")
+    host = urllib.parse.unquote(host) if "%" in host else host
+    return parts._replace(netloc=login + at + (host if host.isascii() else host.encode("idna").decode())).geturl()
+
+
+def open_shard(url, timeout):
+    """Opens a shard as webdataset does: a file, or what the command for its kind of URL writes."""
+    stream = gopen(quote_url(url), "rb")
+    return ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream
+
+
 def read_members(stream, url):
-    """Yields the wanted members of a tar, as webdataset does; raises OSError where the end mark is missing."""
+    """Yields the wanted members of a tar, as webdataset does.
+
+    Raises OSError where the end mark is missing, or where something follows it.
+    """
     with tarfile.open(fileobj=stream, mode="r|*") as shard:
         for member in shard:
             is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
@@ -369,6 +1066,12 @@ def read_members(stream, url):
             shard.members = []  # tarfile would keep them all
         if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
             raise OSError("the archive ends early")
+        yield {}  # the last sample is whole, whatever follows
+        rest = iter(functools.partial(shard.fileobj.read, 1 << 16), b"")
+        is_joined = any(data.strip(b"\0") for data in rest)
+        unpacked = getattr(getattr(shard.fileobj, "cmp", None), "unused_data", b"")  # a gzip's 8 bytes, and another one
+        if is_joined or unpacked[8:].strip(b"\0"):
+            raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
 
 
 def read_shard(url, timeout, tries=3):
@@ -387,8 +1090,7 @@ def read_shard(url, timeout, tries=3):
     for attempt in range(tries):
         faults.clear()  # a second reading meets them again
         try:
-            stream = gopen(url, "rb")
-            with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
+            with contextlib.closing(open_shard(url, timeout)) as stream:
                 for index, sample in enumerate(group_by_keys(read_members(stream, url), handler=note_duplicate)):
                     if index == done:
                         done += 1
@@ -400,7 +1102,7 @@ def read_shard(url, timeout, tries=3):
             if attempt + 1 < tries:
                 time.sleep(2**attempt)
             else:
-                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(str(error)))})
+                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(first_line(error)))})
     yield from faults
 
 
@@ -415,6 +1117,62 @@ def shuffled(samples, size, rng):
             yield buffer.pop()
     rng.shuffle(buffer)
     yield from buffer
+
+
+def strip_metadata(data):
+    """An image's bytes without the metadata that a decoder may stumble over, though the pixels are fine.
+
+    Kept are the chunks of a PNG or WebP that say how pixels are to be read, and a JPEG's JFIF, EXIF and Adobe segments.
+    """
+    kept = []
+    if data.startswith(b"\xff\xd8"):
+        place = 2
+        while data[place : place + 1] == b"\xff" and data[place + 1] != 0xDA:  # until the scan begins
+            segment = data[place : place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")]
+            is_metadata = segment[1] == 0xFE or 0xE0 <= segment[1] <= 0xEF
+            kept += [segment] if not is_metadata or segment[1] in (0xE0, 0xE1, 0xEE) else []
+            place += len(segment)
+        return b"".join([data[:2], *kept, data[place:]])
+    if data.startswith(b"\x89PNG"):
+        place, header = 8, 12  # a chunk's name, at 4, begins with a capital where no decoder may pass over it
+        while chunk := data[place : place + header + int.from_bytes(data[place : place + 4], "big")]:
+            kept += [chunk] if chunk[4:5].isupper() or chunk[4:8] in (b"tRNS", b"eXIf") else []
+            place += len(chunk)
+        return b"".join([data[:8], *kept])
+    place = 12
+    while chunk := data[place : place + 8 + (int.from_bytes(data[place + 4 : place + 8], "little") + 1) // 2 * 2]:
+        kept += [chunk] if chunk[:4] in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"EXIF") else []
+        place += len(chunk)
+    body = b"WEBP" + b"".join(kept)
+    return data[:4] + len(body).to_bytes(4, "little") + body
+
+
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF's orientation
+
+
+def read_orientation(image):
+    """The orientation, 1 to 8, that the metadata of an image tell: 1 where they do not or cannot be read."""
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except Exception:  # whatever it is: the pixels are fine
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def open_image(data, use):
+    """Returns what `use` makes of an opened image; where that fails, of the same without metadata. Raises BadSample."""
+    for strip in (bytes, strip_metadata):
+        try:
+            return use(Image.open(io.BytesIO(strip(data)), formats=("JPEG", "PNG", "WEBP")))
+        except BadSample:
+            raise
+        except Image.DecompressionBombError as error:
+            raise BadSample("image too large", first_line(error)) from error
+        except Exception as error:  # decoders raise almost anything on damaged data
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, Image.UnidentifiedImageError):
+                reason = f"no JPEG, PNG or WebP that can be read, it begins with {data[:8]!r}"
+    raise BadSample("broken image", reason)
 
 
 def to_rgb(image):
@@ -433,20 +1191,18 @@ def load_image(data, resolution, resample):
     JPEGs are decoded at reduced size where that suffices. Returns the image and its size (width, height) before the
     resize. Raises BadSample.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+
+    def decode(image):
         size, scale = image.size, resolution / min(image.size)
-        too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
-        if not too_large:
-            is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-            image.draft(None, (resolution, resolution))
-            ImageOps.exif_transpose(image, in_place=True)
-            image = to_rgb(image)
-    except Exception as error:  # decoders raise almost anything on damaged data
-        raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
-    if too_large:
-        raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
-    size = size[::-1] if is_turned else size
+        if size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS:  # as it is, or after the resize
+            raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
+        image.draft(None, (resolution, resolution))
+        image.load()
+        orientation = read_orientation(image)
+        image = image.transpose(TURNS[orientation]) if orientation > 1 else image
+        return to_rgb(image), size[::-1] if orientation > 4 else size
+
+    image, size = open_image(data, decode)
     resized = tuple(round(side * resolution / min(image.size)) for side in image.size)
     return image if image.size == resized else image.resize(resized, resample), size
 
@@ -456,20 +1212,28 @@ def decode_text(data):
     return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
 
 
+def caption_texts(value):
+    """The captions that a value of JSON holds: a text, a number or a list of them. null, NaN, true, {} … are none."""
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        is_number = isinstance(item, (int, float)) and not isinstance(item, bool) and -math.inf < item < math.inf
+        found += [str(item)] if is_number or isinstance(item, str) else []
+    return found
+
+
 def read_captions(sample, info):
     """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
     captions = [decode_text(sample[name]) for name in CAPTION_MEMBERS if name in sample]
-    values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
-    if not captions and values:
-        captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
+    if not captions:
+        captions = next(filter(None, (caption_texts(info.get(name)) for name in ("caption", "captions", "text"))), [])
     return [caption.encode("utf-8", "replace").decode().strip() for caption in captions]  # no lone surrogates
 
 
 def check_filters(info, args):
-    """Applies the size and watermark filters to a sample's JSON. What is missing or not a number never rejects."""
+    """Applies the size and watermark filters to a sample's JSON; what is missing or not above 0 never rejects."""
     numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
     for side in ("width", "height"):
-        if (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
+        if 0 < (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
             raise BadSample("below min_image_size", f"{side} {size}")
     if (pwatermark := numbers.get("pwatermark", -math.inf)) > args.max_pwatermark:
         raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
@@ -522,44 +1286,91 @@ def decode_encoded(data, info, pick, is_flipped, args):
     return found
 
 
+def describe_lack(sample, wanted):
+    """What a sample needs and what it has, for messages, and by which rule of shards it may have come to that."""
+    found = sorted(name for name in sample if not name.startswith("__"))
+    dotted = [f"{sample['__key__']}.{name}" for name in found if "." in name]
+    rule = "the members of a sample must lie side by side: tar --sort=name"
+    if dotted:
+        rule = f"a key ends at the first dot, also that of {dotted[0]}: rename it"
+    return f"needed: {wanted}; found: {', '.join(found)} ({rule})"
+
+
+def read_time_ids(info, is_flipped, args):
+    """Micro-conditioning, {"time_ids": (6,)}, of a sample, as this script or tools/prepare_shards.py cropped it: height
+    and width before the resize, top and left of the crop, target height and width. {} where its JSON has none.
+    """
+    values = (info.get("time_ids_flipped") if is_flipped else None) or info.get("time_ids")
+    if not (isinstance(values, list) and len(values) == 6 and all(isinstance(value, int) for value in values)):
+        return {}
+    if not 0 <= min(values) <= max(values) < 2**20:  # no sizes
+        return {}
+    height, width = values[4:]
+    return {"time_ids": torch.tensor([height, width, 0, 0, height, width] if args.use_fix_crop_and_size else values)}
+
+
+def read_info(sample):
+    """The JSON of a sample, {} where it is none."""
+    try:
+        info = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        info = {}
+    return info if isinstance(info, dict) else {}
+
+
 def decode_sample(sample, args, rng):
     """Decodes a sample; gives `captions`, one text, and `pixel_values`, uint8 (3, height, width), or of an encoded one
-    what decode_encoded does, and whether the caption `is_empty`.
+    what decode_encoded does, and whether the caption `is_empty`; and what read_time_ids gives.
 
     Raises BadSample. `rng` decides caption, caption dropout, crop and flip, always with the same number of draws.
     """
     pick, drop, left, top, flip = (rng.random() for _ in range(5))
     if "__fault__" in sample:
         raise sample["__fault__"]
-    try:
-        info = json.loads(sample.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        info = {}
-    info = info if isinstance(info, dict) else {}
+    info = read_info(sample)
     check_filters(info, args)
-    found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
     is_encoded = "safetensors" in sample if args.encoded_shards is None else args.encoded_shards
     wanted = ("safetensors",) if is_encoded else IMAGE_MEMBERS
     data = next((sample[name] for name in wanted if name in sample), None)
     if data is None:
-        raise BadSample("no image", f"needed: {', '.join(wanted)}; found: {found}")
+        raise BadSample("no image", describe_lack(sample, ", ".join(wanted)))
     captions = read_captions(sample, info)
     if not captions:
-        raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} or caption in the json; found: {found}")
+        raise BadSample("no caption", describe_lack(sample, f"{', '.join(CAPTION_MEMBERS)} or caption in the json"))
     pick, is_flipped = int(pick * len(captions)), args.random_flip and flip < 0.5
     caption = captions[pick] if drop >= args.proportion_empty_prompts else ""
     if is_encoded:
-        encoded = decode_encoded(data, info, pick, is_flipped, args)
-        return {**encoded, "captions": caption, "is_empty": torch.tensor(not caption)}
+        encoded, is_empty = decode_encoded(data, info, pick, is_flipped, args), torch.tensor(not caption)
+        return {**encoded, "captions": caption, "is_empty": is_empty, **read_time_ids(info, is_flipped, args)}
     width, height = training_size(info, args)
-    image, _ = load_image(data, min(width, height), INTERPOLATION[args.interpolation_type])
+    image, size = load_image(data, min(width, height), INTERPOLATION[args.interpolation_type])
     if image.width < width or image.height < height:
         raise BadSample("broken image", f"{image.width}x{image.height} pixels, by its json {width}x{height}")
     left, top = (0.5, 0.5) if args.center_crop else (left, top)
     x, y = int(left * (image.width - width + 1)), int(top * (image.height - height + 1))
+    if "time_ids" not in info or image.size != (width, height):  # else tools/prepare_shards.py has cropped it
+        place = [size[1], size[0], y, x, height, width], [size[1], size[0], y, image.width - width - x, height, width]
+        info = dict(zip(("time_ids", "time_ids_flipped"), place, strict=True))
     image = image.crop((x, y, x + width, y + height))
     image = ImageOps.mirror(image) if is_flipped else image
-    return {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1), "captions": caption}
+    return {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1), "captions": caption,
+            **read_time_ids(info, is_flipped, args)}  # fmt: skip
+
+
+def check_shapes(sample, shapes):
+    """Returns a decoded sample, with `time_ids` only where the model takes them.
+
+    Raises BadSample if it lacks them, or if an encoded tensor has not the dimensions it must have (0: any).
+    """
+    if "time_ids" not in shapes:
+        sample.pop("time_ids", None)
+    elif "time_ids" not in sample:
+        raise BadSample("no time_ids", "the json of a cropped or encoded sample needs them, six whole numbers")
+    for name, wanted in shapes.items() if "mean" in sample else ():
+        found = tuple(sample[name].shape) if name in sample else ()
+        if len(found) != len(wanted) or any(b not in (0, a) for a, b in zip(found, wanted, strict=True)):
+            raise BadSample("other encoding", f"{name} has the shape {found}, the model needs {tuple(wanted)}")
+    return sample
 
 
 def stack(tensors):
@@ -652,15 +1463,6 @@ class ShardStream(torch.utils.data.IterableDataset):
             yield {"error": f"{message} (filters? --max_bad_samples?): {reasons or 'the shards are empty'}; {example}"}
 
 
-def check_shapes(sample, shapes):
-    """Returns a decoded sample. Raises BadSample if an encoded tensor has not the dimensions it must have (0: any)."""
-    for name, wanted in shapes.items() if "mean" in sample else ():
-        found = tuple(sample[name].shape) if name in sample else ()
-        if len(found) != len(wanted) or any(b not in (0, a) for a, b in zip(found, wanted, strict=True)):
-            raise BadSample("other encoding", f"{name} has the shape {found}, the model needs {tuple(wanted)}")
-    return sample
-
-
 def stream_item(state, index):
     """Returns (shard position, samples of it already used, which alone are wanted or None) of the item `index`."""
     leftover = state["leftover"]
@@ -743,35 +1545,39 @@ def expand_shards(patterns):
     """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
     urls = []
     for pattern in patterns:
-        is_list = pattern.endswith(".txt") and not pattern.startswith("pipe:")
+        is_list, lines = pattern.endswith(".txt") and not pattern.startswith("pipe:"), [pattern]
         try:
-            lines = Path(pattern).read_text(encoding="utf-8").splitlines() if is_list else [pattern]
+            if is_list:
+                data = Path(pattern).read_bytes()
+                lines = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
+                lines = [re.sub(r"^(['\"])(.*)\1$", r"\2", line.strip()) for line in lines]
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
         except (OSError, ValueError) as error:
-            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {error}")
+            reason = getattr(error, "strerror", None) or redact(first_line(error))  # strerror is without the path
+            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {reason}")
         if is_list and any(url.startswith("pipe:") for url in found):
             fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
         urls += found
     return urls or fail("--train_shards_path_or_url names no shard")
 
 
-def check_shards(urls, args, most=100):
+def check_shards(urls, args, shapes, most=100):
     """Names every local shard that is missing and every URL (of the first `most`) that does not answer; never hangs.
 
     Then reads the first shard until a sample is usable, and says what was found instead if it holds none. Returns
-    whether that sample is encoded.
+    whether that sample is encoded, and whether it was cropped to one of several sizes.
     """
 
     def problem(url):
         try:
-            if url.startswith(("http://", "https://")):
-                request = urllib.request.Request(url, headers={"Range": "bytes=0-511"})
-                urllib.request.urlopen(request, timeout=min(10.0, args.shard_timeout)).close()
+            if re.match("(?i)https?://", url):  # by the reader itself: what it can read passes
+                with contextlib.closing(open_shard(url, min(10.0, args.shard_timeout))) as stream:
+                    stream.read(1)
             elif not url.startswith("pipe:") and "://" not in url.removeprefix("file:"):
                 open(re.sub("^file:(//)?", "", url), "rb").close()
-        except (OSError, ValueError) as error:
-            return f"{redact(url)} ({getattr(error, 'strerror', None) or error})"
+        except Exception as error:
+            return f"{redact(url)} ({redact(getattr(error, 'strerror', None) or first_line(error))})"
 
     remote = [url for url in urls if "://" in url]
     with ThreadPoolExecutor(16) as pool:
@@ -782,7 +1588,8 @@ def check_shards(urls, args, most=100):
     reasons, examples = Counter(), {}
     for sample in read_shard(urls[0], args.shard_timeout, tries=1):
         try:
-            return "pixel_values" not in decode_sample(sample, args, random.Random(0))
+            decoded = check_shapes(decode_sample(sample, args, random.Random(0)), shapes)
+            return "pixel_values" not in decoded, isinstance(read_info(sample).get("crop"), list)
         except BadSample as bad:
             reasons[bad.args[0]] += 1
             examples.setdefault(*bad.args)
@@ -805,413 +1612,7 @@ def count_samples(urls, args):
     return total
 
 
-# -------------------------------------------------------------------------------------------------- diffusion maths
-class Schedule:
-    """The teacher's noise schedule, always float32, and the DDIM grid τ_i = (i + 1)·(T // N) − 1, prev(τ_0) = 0.
-
-    Timesteps t, s have shape (batch,), latents and network outputs (batch, channels, height, width).
-    """
-
-    def __init__(self, scheduler, num_ddim_timesteps, device):
-        alphas_cumprod = scheduler.alphas_cumprod.to(device, torch.float32)
-        self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-        self.prediction_type, self.num_train_timesteps = scheduler.config.prediction_type, len(alphas_cumprod)
-        spacing = self.num_train_timesteps // num_ddim_timesteps
-        self.grid = torch.arange(1, num_ddim_timesteps + 1, device=device) * spacing - 1
-        self.prev = F.pad(self.grid[:-1], (1, 0))
-
-    def alpha_sigma(self, t):
-        """α_t and σ_t, shape (batch, 1, 1, 1)."""
-        return self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
-
-    def jump(self, x_0, eps, s):
-        """x_s = α_s x_0 + σ_s ε: noises data, and with a prediction (x̂_0, ε̂) is the DDIM step to s."""
-        alpha, sigma = self.alpha_sigma(s)
-        return alpha * x_0 + sigma * eps
-
-    def x0_eps(self, output, x_t, t):
-        """Network output → (x̂_0, ε̂), for the three prediction types."""
-        alpha, sigma = self.alpha_sigma(t)
-        if self.prediction_type == "epsilon":
-            return (x_t - sigma * output) / alpha, output
-        if self.prediction_type == "v_prediction":
-            return alpha * x_t - sigma * output, alpha * output + sigma * x_t
-        return output, (x_t - alpha * output) / sigma
-
-
-def distance(a, b, loss_type, huber_c):
-    """d(a, b) in float32: mean square, or Huber, mean of sqrt(d² + c²) − c."""
-    square = (a.float() - b.float()) ** 2
-    return square.mean() if loss_type == "l2" else ((square + huber_c**2).sqrt() - huber_c).mean()
-
-
-# ---------------------------------------------------------------------------------------------------------- method
-# Variant of train_lcm_distill_sd_wds.py: the method
-METHOD, TAG, CALL = ("trajectory consistency model (arXiv:2402.19159)", "trajectory-consistency-distillation",
-                     "num_inference_steps=4, guidance_scale={:g}, eta=0.3")  # fmt: skip
-
-
-# Variant of train_lcm_distill_sd_wds.py: TCDScheduler
-def make_scheduler(config, args):
-    """The stock scheduler that is exported: the teacher's noise schedule, the trained grid, latents not clipped."""
-    known = inspect.signature(TCDScheduler).parameters
-    config = {k: v for k, v in config.items() if k in known} | {"clip_sample": False, "thresholding": False}
-    return TCDScheduler(**config | {"original_inference_steps": args.num_ddim_timesteps})
-
-
-# Variant of train_lcm_distill_sd_wds.py: end times
-@dataclasses.dataclass
-class Draws:
-    """All randomness of a step: noise ε (like the latents), grid indices i and m, guidance weight w, each (batch,)."""
-
-    eps: torch.Tensor
-    index: torch.Tensor
-    end: torch.Tensor
-    w: torch.Tensor
-
-
-# Variant of train_lcm_distill_sd_wds.py: end times
-def draw(x_0, schedule, args, generator):
-    """Makes the random draws of a step."""
-    batch, device = x_0.shape[0], x_0.device
-    eps = torch.randn(x_0.shape, generator=generator, device=device)
-    index = torch.randint(len(schedule.grid), (batch,), generator=generator, device=device)
-    end = (torch.rand(batch, generator=generator, device=device) * (index + 1)).long()
-    w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, generator=generator, device=device)
-    return Draws(eps, index, end, w)
-
-
-class Denoiser:
-    """A U-Net in the paper's terms: `net(x_t, t, c, w)` runs it in its own precision and gives its output in float32.
-
-    c: (batch, tokens, width). w (batch,) goes in as an embedding where the U-Net takes one, and is ignored elsewhere. A
-    U-Net that is kept on the CPU, `is_offloaded`, is lent to the device for the call.
-    """
-
-    def __init__(self, unet, config, is_offloaded=False):
-        self.unet, self.dtype = unet, next(unet.parameters()).dtype
-        self.guidance_dim, self.is_offloaded = config.time_cond_proj_dim, is_offloaded
-
-    def __call__(self, x_t, t, c, w):
-        if self.guidance_dim:  # as the pipelines' get_guidance_scale_embedding
-            w = get_timestep_embedding(1000 * w.float(), self.guidance_dim, downscale_freq_shift=1).to(self.dtype)
-        options = {"timestep_cond": w if self.guidance_dim else None, "return_dict": False}
-        given = x_t.to(self.dtype), t, c.to(self.dtype)
-        if not self.is_offloaded:
-            return self.unet(*given, **options)[0].float()
-        weights = {name: value.to(x_t.device, non_blocking=True) for name, value in self.unet.state_dict().items()}
-        return torch.func.functional_call(self.unet, weights, given, options)[0].float()
-
-
-def guided_prediction(teacher, schedule, x_t, t, c, uncond, w):
-    """The teacher's (x̂_0, ε̂), both guided (LCM §4.3): cond + w·(cond − uncond), in one batch of two halves.
-
-    With `uncond` None (w = 0, or a teacher that embeds w itself) the unconditional half is not run.
-    """
-    if uncond is None:
-        return schedule.x0_eps(teacher(x_t, t, c, w), x_t, t)
-    x_twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
-    output = teacher(x_twice, t_twice, torch.cat([c, uncond.expand_as(c)]), None)
-    pairs = [value.chunk(2) for value in schedule.x0_eps(output, x_twice, t_twice)]
-    return [cond + w.view(-1, 1, 1, 1) * (cond - without) for cond, without in pairs]
-
-
-def trajectory_function(net, schedule, x_t, t, s, c, w):
-    """f(x_t, w, c, t → s) = α_s x̂_0 + σ_s ε̂: where the network sees the trajectory through x_t at the time s."""
-    return schedule.jump(*schedule.x0_eps(net(x_t, t, c, w), x_t, t), s)
-
-
-# Variant of train_lcm_distill_sd_wds.py: a jump
-def predict_x0(net, schedule, x_t, t, c, w, args):  # noqa: ARG001
-    """What a student holds for x_0, in validation."""
-    return schedule.x0_eps(net(x_t, t, c, w), x_t, t)[0]
-
-
-# Variant of train_lcm_distill_sd_wds.py: the method
-def distillation_loss(student, target, teacher, schedule, x_0, c, uncond, draws, args):
-    """Trajectory consistency distillation, arXiv:2402.19159: a pure function of networks, data and draws.
-
-    x_0: latents (batch, channels, height/8, width/8); c: (batch, tokens, width); uncond: (1, tokens, width) or None.
-    """
-    t, t_prev, s = schedule.grid[draws.index], schedule.prev[draws.index], schedule.prev[draws.end]
-    f = functools.partial(trajectory_function, schedule=schedule, s=s, c=c, w=draws.w)
-    x_t = schedule.jump(x_0, draws.eps, t)
-    with torch.no_grad():  # before the student, so that these activations are gone when its graph is built
-        x0_hat, eps_hat = guided_prediction(teacher, schedule, x_t, t, c, uncond, draws.w)
-        x_prev = schedule.jump(x0_hat, eps_hat, t_prev)  # one solver step
-        is_there = (s == t_prev).view(-1, 1, 1, 1)  # nothing is left to jump over
-        f_target = torch.where(is_there, x_prev, f(target, x_t=x_prev, t=t_prev))
-    return distance(f(student, x_t=x_t, t=t), f_target, args.loss_type, args.huber_c)
-
-
-# ---------------------------------------------------------------------------------------------------------- models
-def check_schedule(args, scheduler, kind):
-    """Refuses a teacher's noise schedule, of a scheduler of class `kind`, that no grid of DDPM times can follow."""
-    path, config = args.pretrained_teacher_model, scheduler.config
-    is_known = config.trained_betas or config.beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
-    if not is_known or kind.startswith(("EDM", "FlowMatch")):
-        fail(f"{path}: {kind} with beta_schedule {config.beta_schedule!r} is not supported, only DDPM's discrete times")
-    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        fail(f"{path}: prediction type {config.prediction_type!r} is not epsilon, v_prediction or sample")
-    if config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
-        fail(f"{path}: at the last time, pure noise (rescale_betas_zero_snr), a prediction of epsilon says nothing")
-    steps = config.num_train_timesteps
-    if args.num_ddim_timesteps > steps:
-        fail(f"--num_ddim_timesteps {args.num_ddim_timesteps} must lie in 1 … {steps}")
-    if rest := steps % args.num_ddim_timesteps:
-        logger.warning("--num_ddim_timesteps does not divide %d: the grid ends at t = %d", steps, steps - rest - 1)
-
-
-def check_teacher(args):
-    """Reads the teacher's configuration, refuses what is no text-to-image U-Net of SD 1.x/2.x; gives its scheduler."""
-    path = args.pretrained_teacher_model
-    source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
-    try:
-        parts = diffusers.DiffusionPipeline.load_config(path, **source)
-        kind = parts.get("_class_name")
-        scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **source)
-        unet = UNet2DConditionModel.load_config(path, subfolder="unet", **source) if "unet" in parts else None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        fail(f"--pretrained_teacher_model {path} cannot be read as a diffusers pipeline: {first_line(error)}")
-    if unet is None:
-        fail(f"{path}, a {kind}, has no U-Net; this script distils Stable Diffusion 1.x and 2.x")
-    if "text_encoder_2" in parts:
-        is_refiner = not parts.get("text_encoder", [None])[0]
-        fail(f"{path} is an SDXL " + ("refiner, which is no text-to-image model" if is_refiner else
-                                      "pipeline; use train_lcm_distill_lora_sdxl_wds.py"))  # fmt: skip
-    if unet["in_channels"] != unet["out_channels"]:
-        fail(f"{path} takes {unet['in_channels']} channels (in-painting, depth?), text-to-image {unet['out_channels']}")
-    check_schedule(args, scheduler, str(parts.get("scheduler", [None, None])[1]))
-    return scheduler
-
-
-def check_tokenizer(tokenizer):
-    """Raises ValueError for a tokenizer without a vocabulary, which transformers makes of a folder without the file."""
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError("a tokenizer knows no words, only its special tokens: are files missing?")
-
-
-def load_frozen(args, dtype):
-    """Loads tokenizer, text encoder and VAE, frozen. `force_upcast` of its config, true by default, is SDXL's alone."""
-    path, source = args.pretrained_teacher_model, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
-    tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **source)
-    text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **source)
-    check_tokenizer(tokenizer)
-    source["subfolder"] = "vae"
-    if args.pretrained_vae_model_name_or_path:
-        path, source = args.pretrained_vae_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    vae = AutoencoderKL.from_pretrained(path, **source)
-    return tokenizer, text_encoder.requires_grad_(False).eval(), vae.to(dtype).requires_grad_(False).eval()
-
-
-def make_student(teacher, args):
-    """Copies the teacher into a float32 student that embeds w. The new projection is zero: it starts as the teacher."""
-    width = teacher.config.time_cond_proj_dim or args.unet_time_cond_proj_dim
-    config = {k: v for k, v in teacher.config.items() if k != "_use_default_values"}  # which from_config would drop
-    student = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": width})
-    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
-    student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
-    return student
-
-
-def run_norm(norm, x):
-    """A GroupNorm or LayerNorm in the precision of its input.
-
-    Autocast on CUDA would run it in float32, and keep that for the backward pass: a quarter of the activations' memory.
-    Its kernels sum in float32 all the same, and autocast on a CPU leaves it alone.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        weight, bias = (None if value is None else value.to(x.dtype) for value in (norm.weight, norm.bias))
-        if isinstance(norm, torch.nn.GroupNorm):
-            return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def keep_norms_in_half(unet):
-    """Lets the norms of a U-Net on a GPU do as `run_norm` says."""
-    for module in unet.modules():
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            module.forward = functools.partial(run_norm, module)
-
-
-def check_latents(args, vae, unet):
-    """Refuses a VAE that is not the U-Net's, and picture sizes that it does not divide."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    sides = {"resolution": [args.resolution], "validation_resolutions": sum(args.validation_resolutions, [])}
-    for flag, given in sides.items():
-        if any(side % factor for side in given):
-            fail(f"--{flag}: {given} must be multiples of the VAE's factor, {factor}")
-    if vae.config.latent_channels != unet.config.in_channels:
-        fail(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net takes {unet.config.in_channels}")
-    if vae.config.get("latents_mean"):
-        fail("a VAE with latents_mean and latents_std is not supported")
-
-
-def load_models(args, scheduler, accelerator):
-    """Loads all networks of a run to the device, channels-last, with the attention and compilation asked for.
-
-    `student` and `target` are float32, the others frozen in the compute precision; `scheduler` is what is exported.
-    """
-    dtype = DTYPES[accelerator.mixed_precision]
-    try:
-        tokenizer, text_encoder, vae = load_frozen(args, dtype)
-        source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
-        teacher = UNet2DConditionModel.from_pretrained(args.pretrained_teacher_model, subfolder="unet", **source)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        fail(f"the teacher or the VAE cannot be loaded: {first_line(error)}")
-    check_latents(args, vae, teacher)
-    student, target = make_student(teacher, args).train(), make_student(teacher, args).requires_grad_(False).eval()
-    teacher.to(dtype if args.cast_teacher_unet else torch.float32).requires_grad_(False).eval()
-    text_encoder.to("cpu" if args.encoded_shards else accelerator.device)
-    for model in (vae, teacher, student, target):  # channels-last halves a VAE's time on a CPU, and helps tensor cores
-        is_plain = "8bit" in args.optimizer and model is student  # bitsandbytes makes its parameters so at every step
-        is_offloaded = (model is target and args.offload_ema) or (model is vae and args.encoded_shards)
-        device = "cpu" if is_offloaded else accelerator.device
-        model.to(device, memory_format=torch.contiguous_format if is_plain else torch.channels_last)
-    for model in (teacher, student, target):
-        if accelerator.device.type != "cpu":
-            keep_norms_in_half(model)
-        if args.enable_xformers_memory_efficient_attention:
-            model.enable_xformers_memory_efficient_attention()
-        if args.compile:
-            model.compile()
-    if args.offload_ema and accelerator.device.type == "cuda":
-        for parameter in target.parameters():  # in pinned memory, so that the host need not wait for its copies
-            parameter.data = parameter.data.pin_memory()
-    if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    return SimpleNamespace(
-        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, teacher=teacher, student=student, target=target,
-        student_parameters=list(student.parameters()), target_parameters=list(target.parameters()),
-        is_offloaded=args.offload_ema, scheduler=make_scheduler(scheduler.config, args),
-        schedule=Schedule(scheduler, args.num_ddim_timesteps, accelerator.device))  # fmt: skip
-
-
-def prepare(models, optimizer, accelerator):
-    """Gives the networks and the optimizer to accelerate; returns the Denoisers by name, and the optimizer."""
-    student, optimizer = accelerator.prepare(models.student, optimizer)
-    # autocast as the student; it is on its device already
-    target = accelerator.prepare_model(models.target, device_placement=False, evaluation_mode=True)
-    return {"student": Denoiser(student, models.student.config),
-            "target": Denoiser(target, models.target.config, models.is_offloaded),
-            "teacher": Denoiser(models.teacher, models.teacher.config)}, optimizer  # fmt: skip
-
-
-def network_state(models, name):
-    """The tensors of `student` or `target` that a checkpoint holds."""
-    return {key: value.contiguous() for key, value in getattr(models, name).state_dict().items()}
-
-
-def load_network(models, name, tensors):
-    """Gives `student` or `target` the tensors of a checkpoint."""
-    getattr(models, name).load_state_dict(tensors)
-
-
-@contextlib.contextmanager
-def lent(model, device):
-    """Brings a model that is kept on the CPU to the device for a while."""
-    home = next(model.parameters()).device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(home)
-
-
-@torch.no_grad()
-def encode_images(vae, pixel_values, chunk):
-    """uint8 pixels (batch, 3, height, width) → mean and standard deviation of the latents, float32 (batch, channels,
-    height/8, width/8), before the scaling factor.
-    """
-    pixels = (pixel_values / 127.5 - 1).to(vae.dtype, memory_format=torch.channels_last)
-    found = [vae.encode(part).latent_dist for part in pixels.split(chunk)]
-    return torch.cat([part.mean for part in found]).float(), torch.cat([part.std for part in found]).float()
-
-
-@torch.no_grad()
-def decode_latents(vae, latents, chunk):
-    """Latents → images in [0, 1], float32 (batch, 3, height, width)."""
-    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-    with lent(vae, latents.device):
-        images = torch.cat([vae.decode(part).sample.float() for part in scaled.split(chunk)])
-    return (images / 2 + 0.5).clamp(0, 1)
-
-
-@torch.no_grad()
-def encode_prompts(models, captions):
-    """Captions → conditioning (batch, tokens, width), in the text encoder's precision."""
-    length, encoder = models.tokenizer.model_max_length, models.text_encoder
-    tokens = models.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    tokens = tokens.to(encoder.device, non_blocking=True)
-    mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-    return encoder(tokens.input_ids, attention_mask=mask)[0]
-
-
-def find_empty(models, urls):
-    """Embedding of the empty prompt by name, (1, …), as the encoded shards came with or as the text encoder gives it.
-
-    Ends the run if the stored one, or the latents of the grey ramp stored beside it, are those of other models.
-    """
-    path, found = Path(re.sub("^file:(//)?", "", urls[0])).with_name("empty.safetensors"), encode_prompts(models, [""])
-    computed = dict(zip(("text", "pooled"), found if isinstance(found, tuple) else (found,), strict=False))
-    if not path.is_file():  # behind a URL
-        return computed
-    device, names = computed["text"].device, tuple(computed)
-    with lent(models.vae, device):
-        ramp = torch.arange(0, 256, 4, dtype=torch.uint8, device=device).expand(1, 3, 64, 64)
-        computed["latents"] = encode_images(models.vae, ramp, 1)[0]
-    try:
-        stored = {name: value.to(device) for name, value in load_file(path).items()}
-    except Exception as error:
-        fail(f"{path} is damaged: {first_line(error)}; delete it, and the text encoder makes it anew")
-    for name, value in computed.items():
-        known = stored.get(name, value.new_zeros(0))
-        if known.shape != value.shape or not (known - value).norm() < 0.1 * value.norm():
-            what = "VAE's" if name == "latents" else f"teacher's {name}"
-            fail(f"{path} does not hold this {what} encoding: the shards were made with another model")
-    return {name: stored[name] for name in names}
-
-
-@torch.no_grad()
-def encode_batch(run, batch, generator):
-    """Latents x_0, float32 and sampled, and conditioning c of a batch: encoded here, or as its shards hold them."""
-    models, names = run.models, {"mean", "std", "text", "pixel_values", "is_empty"} & batch.keys()
-    given = {name: batch[name].to(run.accelerator.device, non_blocking=True) for name in names}
-    if "pixel_values" in given:
-        mean, std = encode_images(models.vae, given["pixel_values"], run.args.vae_encode_batch_size)
-        c = encode_prompts(models, batch["captions"])
-    else:
-        mean, std = given["mean"].float(), given["std"].float()
-        c = torch.where(given["is_empty"].view(-1, 1, 1), run.empty["text"], given["text"])
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    return (mean + std * noise) * models.vae.config.scaling_factor, c
-
-
-# ----------------------------------------------------------------------------------------- checkpoints and export
-COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
-
-
-@dataclasses.dataclass
-class Run:
-    """Everything a training step touches."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    models: SimpleNamespace  # of load_models
-    nets: dict  # Denoisers: student, target, teacher
-    optimizer: AcceleratedOptimizer
-    lr_scheduler: object
-    reader: BatchReader
-    uncond: torch.Tensor | None
-    empty: dict  # with encoded shards, the embedding of an empty caption
-    step: int = 0
-    nonfinite_steps: int = 0
-    nonfinite_in_a_row: int = 0
-    stop_signal: int = 0
-    history: list = dataclasses.field(default_factory=list)  # (loss, grad_norm) of the steps since the last log
-    references: dict = dataclasses.field(default_factory=dict)  # by size: Sampler and pictures of validate_size
-
-
+# -------------------------------------------------------------------------------------------- checkpoints and export
 def list_checkpoints(output):
     """Checkpoint folders, oldest first; one that was being written when the run died has another name."""
     found = [path for path in Path(output).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
@@ -1228,7 +1629,7 @@ def share(paths, like):
 def write_checkpoint(run, temporary, cursors, history, skipped):
     """Writes the files of a checkpoint and waits until they are on the disk."""
     temporary.mkdir()
-    for name in ("student", "target"):
+    for name in NETWORKS:
         save_file(network_state(run.models, name), temporary / f"{name}.safetensors")
     torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
     state = {**{name: getattr(run, name) for name in COUNTERS}, "args": public_args(run.args), "skipped": skipped,
@@ -1262,20 +1663,18 @@ def save_checkpoint(run):
             fail(f"{final} cannot be written: {first_line(error)}; make room, and --resume_from_checkpoint latest")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        whole = list_checkpoints(args.output_dir)
-        kept = whole[: whole.index(final) + 1]  # after it: of a run that was abandoned by resuming from an earlier one
-        for old in {*whole} - {*kept[-(args.checkpoints_total_limit or len(kept)) :]}:
+        for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or 10**9)]:
             shutil.rmtree(old)
         logger.info("Saved %s", final)
-    accelerator.wait_for_everyone()
+    wait_for_all(run)
 
 
 def read_checkpoint(path):
     """Returns the state of a checkpoint folder with its tensors. Raises anything if a file is missing or damaged."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if missing := {*COUNTERS, "args", "skipped", "lr_scheduler", "history", "scaler", "stream"} - {*state}:
+    if missing := {"step", "args", "skipped", "lr_scheduler", "history", "scaler", "stream"} - {*state}:
         raise ValueError(f"state.json has no {', '.join(sorted(missing))}")
-    networks = {name: load_file(path / f"{name}.safetensors") for name in ("student", "target")}
+    networks = {name: load_file(path / f"{name}.safetensors") for name in NETWORKS}
     optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     return {**state, **networks, "optimizer": optimizer, "path": path}
 
@@ -1320,25 +1719,50 @@ def restore_optimizer(run, state):
     schedule.load_state_dict({k: v for k, v in state["lr_scheduler"].items() if k not in ("base_lrs", "_last_lr")})
     for group, settings, rate in zip(optimizer.param_groups, asked, schedule.lr_lambdas, strict=True):
         group.update(settings, lr=settings["initial_lr"] * rate(schedule.last_epoch))
+    for parameter, values in optimizer.state.items() if run.args.optimizer.startswith("paged") else ():
+        for name in {"state1", "state2"} & values.keys():  # bitsandbytes has moved them to the device
+            values[name] = optimizer.get_state_buffer(parameter, values[name].dtype).copy_(values[name])
 
 
 def load_checkpoint(run, state):
     """Restores everything `save_checkpoint` wrote; a checkpoint that does not fit the model is named."""
     try:
-        for name in ("target", "student"):  # the student last: with --ema_decay 0 both may be one network
+        for name in reversed(NETWORKS):  # the student last: with --ema_decay 0 both are one network
             load_network(run.models, name, state[name])
         restore_optimizer(run, state)
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"checkpoint {state['path']} is of another model: {first_line(error)}")
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.step, run.nonfinite_steps, run.nonfinite_in_a_row = (state[name] for name in COUNTERS)
+    for name in COUNTERS:
+        setattr(run, name, state.get(name, 0))
     rank, history = run.accelerator.process_index, state["history"]
     if len(history) == run.accelerator.num_processes:
         run.history = list(torch.tensor(history[rank], device=run.accelerator.device))
     if rank == 0:
         run.reader.skipped.update(state["skipped"])
     logger.info("Resumed from %s", state["path"])
+    if run.step >= run.args.max_train_steps:
+        logger.warning("It is at step %d, --max_train_steps is %d: nothing is trained, only exported", run.step,
+                       run.args.max_train_steps)  # fmt: skip
+
+
+def set_aside(run):
+    """Moves what an earlier run wrote after this step, which this one will write anew, into a folder of its own."""
+    output = Path(run.args.output_dir)
+    later = [path for path in list_checkpoints(output) if int(path.name[11:]) > run.step]
+    metrics = output / "metrics.jsonl"
+    if not later and (run.step or not metrics.is_file()):
+        return
+    names = (output / f"set-aside-{number}" for number in itertools.count(1))
+    folder = next(name for name in names if not name.exists())
+    folder.mkdir()
+    for path in later:
+        path.rename(folder / path.name)
+    if metrics.is_file():
+        shutil.copyfile(metrics, folder / metrics.name)
+    logger.warning("%s holds what an earlier run wrote after step %d: %s is moved to %s", output, run.step,
+                   ", ".join([*(path.name for path in later), "metrics.jsonl"]), folder)  # fmt: skip
 
 
 def trim_metrics(run):
@@ -1349,6 +1773,8 @@ def trim_metrics(run):
             return run.step > 0 and json.loads(line)["step"] <= run.step
 
     path = Path(run.args.output_dir, "metrics.jsonl")
+    if run.accelerator.is_main_process:
+        set_aside(run)
     if run.accelerator.is_main_process and path.is_file():
         kept = [line + "\n" for line in path.read_text(encoding="utf-8").splitlines() if is_kept(line)]
         path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
@@ -1356,17 +1782,64 @@ def trim_metrics(run):
 
 
 def export(run):
-    """Writes a StableDiffusionPipeline (EMA U-Net, matching scheduler) and `unet_online`; returns what to upload."""
+    """Writes a LoRA, or a whole pipeline (EMA U-Net, matching scheduler) and `unet_online`; returns what to upload."""
     args, output, models = run.args, Path(run.args.output_dir), run.models
+    if models.adapters:
+        return export_lora(run)
     models.student.save_pretrained(output / "unet_online")
-    try:
-        tokenizer, text_encoder, vae = load_frozen(args, torch.float32)  # unrounded, whatever the compute precision was
+    family = models.family
+    try:  # unrounded, whatever the compute precision was
+        tokenizers, text_encoders, vae = load_frozen(args, family, torch.float32)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         models.target.save_pretrained(output / "unet")
         fail(f"the teacher cannot be read again ({first_line(error)}): {output} holds unet and unet_online alone")
-    StableDiffusionPipeline(vae, text_encoder, tokenizer, models.target, models.scheduler, None, None,
-                            requires_safety_checker=False).save_pretrained(output)  # fmt: skip
-    return ["model_index.json", "unet/*", "unet_online/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
+    parts = {**dict(zip(family.tokenizers, tokenizers, strict=True)), "vae": vae, "unet": models.target,
+             **dict(zip(family.encoders, text_encoders, strict=True)), "scheduler": models.scheduler}  # fmt: skip
+    family.pipeline(**parts, **family.pipeline_options(models.parts)).save_pretrained(output)
+    return ["model_index.json", "unet_online/*", *(f"{name}/*" for name in parts)]
+
+
+def sort_metadata(path):
+    """Sorts the metadata of a safetensors file, which has them in any order: equal exports are equal bytes."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors that follow are aligned
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def export_lora(run):
+    """Writes the EMA adapter for diffusers and for ComfyUI / A1111, the online one, and the scheduler; with
+    --export_fused a whole pipeline too. Returns what to upload.
+    """
+    args, output, models = run.args, Path(run.args.output_dir), run.models
+    config, pipeline = models.student.peft_config["default"], models.family.pipeline
+    files = {"target": "pytorch_lora_weights.safetensors", "student": "pytorch_lora_weights_online.safetensors"}
+    metadata = {**config.to_dict(), "lora_dropout": 0.0}  # which is for training alone
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, whose order changes from run to run
+    for name, file in files.items():
+        pipeline.save_lora_weights(output, network_state(models, name), weight_name=file,
+                                   unet_lora_adapter_metadata=metadata)  # fmt: skip
+        sort_metadata(output / file)
+    tensors = {f"unet.{key}": value for key, value in network_state(models, "target").items()}
+    alphas = {f"lora_unet_{name.replace('.', '_')}.alpha": float(layer.lora_alpha["default"])
+              for name, layer in models.student.named_modules() if isinstance(layer, BaseTunerLayer)}  # fmt: skip
+    kohya = {key: torch.tensor(alphas[key]) if key in alphas else value
+             for key, value in convert_state_dict_to_kohya(tensors).items()}  # fmt: skip
+    files["kohya"] = f"{output.resolve().name}_kohya.safetensors"
+    save_file(kohya, output / files["kohya"])
+    models.scheduler.save_pretrained(output / "scheduler")
+    if args.export_fused:
+        path, source = hub_source(args)
+        vae = load_frozen(args, models.family, torch.float32)[-1]  # perhaps another one than the teacher's
+        pipe = pipeline.from_pretrained(path, vae=vae, scheduler=models.scheduler, **source)
+        pipe.load_lora_weights(output, weight_name=files["target"])
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        pipe.save_pretrained(output / "fused")
+    return [*files.values(), "scheduler/*", "fused/*"]
 
 
 def open_repository(args):
@@ -1395,19 +1868,35 @@ def publish(run, patterns):
             fail(f"--push_to_hub: {first_line(error)}; the model is whole in {output}")
 
 
-def usage(run):
-    """The part of the model card that says how to use the model."""
-    args = run.args
-    return f"""```python
-from diffusers import DiffusionPipeline
+def example(run):
+    """The part of the model card that says how to use the model: the method's call, and how the files are loaded."""
+    args, embeds_w = run.args, bool(run.nets["student"].guidance_dim)
+    call, words = usage(args, embeds_w)
+    repository, scheduler = json.dumps(args.hub_model_id or args.output_dir), METHOD.scheduler.__name__
+    if args.lora_rank:
+        load = f"""from diffusers import DiffusionPipeline, {scheduler}
 
-pipe = DiffusionPipeline.from_pretrained({json.dumps(args.hub_model_id or args.output_dir)})
+repository = {repository}
+pipe = DiffusionPipeline.from_pretrained({json.dumps(args.pretrained_teacher_model)})
+pipe.load_lora_weights(repository, weight_name="pytorch_lora_weights.safetensors")
+pipe.scheduler = {scheduler}.from_pretrained(repository, subfolder="scheduler")"""
+        files = """`pytorch_lora_weights.safetensors` is the EMA adapter, `pytorch_lora_weights_online.safetensors` the
+one that the optimizer moved, `*_kohya.safetensors` the EMA one for ComfyUI and A1111."""
+    else:
+        load = f"""from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({repository})"""
+        files = "`unet` is the EMA network, `unet_online` the one that the optimizer moved."
+    if not args.ema_decay:
+        files = "There is no EMA of the weights: both files that hold them hold the same."
+    return f"""```python
+{load}
 prompt = {json.dumps(load_prompts(args)[0][0], ensure_ascii=False)}
-image = pipe(prompt, {CALL.format(args.validation_guidance_scale)}).images[0]
+image = pipe(prompt, {call}).images[0]
 ```
 
-`guidance_scale` was trained from {args.w_min + 1:g} to {args.w_max + 1:g}; negative prompts have no effect.
-`unet` is the EMA network, `unet_online` the one that the optimizer moved."""
+{words}
+{files}"""
 
 
 def model_card(run, has_samples):
@@ -1416,18 +1905,19 @@ def model_card(run, has_samples):
     with contextlib.suppress(Exception):  # no card, or no network: the licence is then for the reader to look up
         card = Path(base, "README.md") if os.path.isdir(base) else base
         licence = ModelCard.load(card, ignore_metadata_errors=True).data.license or licence
+    kind, tags = ("LoRA", f"lora, {METHOD.tag}") if args.lora_rank else ("model", METHOD.tag)
     return f"""---
 license: {licence}
 base_model: {json.dumps(base)}
 library_name: diffusers
-tags: [text-to-image, stable-diffusion, {TAG}]
+tags: [text-to-image, stable-diffusion, {tags}]
 ---
 
 # {Path(args.output_dir).resolve().name}
 
-A {METHOD} made from `{base}` (licence: {licence}), for few steps:
+A {METHOD.name} {kind} ({METHOD.papers}) made from `{base}` (licence: {licence}), for few steps:
 
-{usage(run)}
+{example(run)}
 {"![Teacher and student side by side](samples.png)" if has_samples else ""}
 
 Arguments:
@@ -1438,7 +1928,11 @@ Arguments:
 """
 
 
-# ---------------------------------------------------------------------------------------- validation and logging
+# -------------------------------------------------------------------------------------------- validation and logging
+DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
+                   "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
+
+
 def load_prompts(args):
     """Returns the validation prompts, and for each file of prompts its name → the indices of its lines."""
     prompts, groups = [], {}
@@ -1470,14 +1964,13 @@ def sample_chain(predict, schedule, noise, timesteps):
     return x_0
 
 
-# Variant of train_lcm_distill_sd_wds.py: eta
 @torch.no_grad()
 def sample_stock(net, scheduler, noise, steps, c, w, args):
-    """Pictures as users will make them: the exported scheduler, which adds fresh noise as --validation_eta says."""
+    """Pictures as users will make them: the exported scheduler, which may add fresh noise between its steps."""
     scheduler.set_timesteps(steps, device=noise.device)
     generator, x = torch.Generator(noise.device).manual_seed(args.seed), noise
     for t in scheduler.timesteps:
-        output, options = net(x, t.expand(len(x)), c, w), {"eta": args.validation_eta, "generator": generator}
+        output, options = net(x, t.expand(len(x)), c, w), {"generator": generator, **sample_options(args)}
         x = scheduler.step(output, t, x, return_dict=False, **options)[0]
     return x
 
@@ -1499,9 +1992,20 @@ class Sampler:
         width, height = (side // 2 ** (len(models.vae.config.block_out_channels) - 1) for side in size)
         shape = (len(self.prompts) * self.seeds, models.vae.config.latent_channels, height, width)
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(run.accelerator.device)
-        with lent(models.text_encoder, self.noise.device):
-            self.c = encode_prompts(models, self.prompts).repeat_interleave(self.seeds, dim=0)
-            self.uncond = encode_prompts(models, [args.validation_negative_prompt])
+        with lent(models.text_encoders, self.noise.device):
+            c = encode_prompts(models, self.prompts)
+            self.uncond = encode_uncond(models, args.validation_negative_prompt)
+        self.c = {name: value.repeat_interleave(self.seeds, dim=0) for name, value in c.items()}
+        if models.family.has_time_ids:
+            self.c["time_ids"] = size_ids(*size, len(self.noise), self.noise.device)
+
+    def chunks(self):
+        """Yields (noise, c) of a few pictures at a time. Raises Stopped after a signal."""
+        for start in range(0, len(self.noise), self.chunk):
+            if self.run.stop_signal:
+                raise Stopped
+            part = slice(start, start + self.chunk)
+            yield self.noise[part], {name: value[part] for name, value in self.c.items()}
 
     def images(self, name, steps, stock=False):
         """Pictures of `teacher` (guided), `untrained` (the teacher as consistency function), `student` or `target`."""
@@ -1512,9 +2016,8 @@ class Sampler:
         else:
             scheduler.set_timesteps(steps, device=self.noise.device)
             timesteps = scheduler.timesteps.tolist()
-        for noise, c in zip(self.noise.split(self.chunk), self.c.split(self.chunk), strict=True):
-            if self.run.stop_signal:
-                raise Stopped
+        total = math.ceil(len(self.noise) / self.chunk)
+        for noise, c in tqdm(self.chunks(), f"{name}, {steps} steps", total, leave=False, delay=2, unit="batch"):
             given = {"c": c, "w": torch.full((len(noise),), weight, device=noise.device)}
             if stock:
                 x_0 = sample_stock(net, scheduler, noise, steps, args=args, **given)
@@ -1533,25 +2036,38 @@ def validate(run):
     """Logs pictures of the EMA student beside the teacher's, and the PSNR of each network to the teacher's 50 steps."""
     if run.accelerator.is_main_process:
         # not compiled: its batches are others than those of training, which would be compiled anew for any size
-        with contextlib.suppress(Stopped), torch.compiler.set_stance("force_eager"):
+        eagerly = torch.compiler.set_stance("force_eager")
+        with contextlib.suppress(Stopped), eagerly, without_dropout(run.nets):
             for index, size in enumerate(run.args.validation_resolutions):
                 validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
-    run.accelerator.wait_for_everyone()
+    wait_for_all(run)
 
 
 def validate_size(run, size, suffix):
-    """Validates at a (width, height). Pictures of all but the first size carry the size as a `suffix`."""
+    """Validates at a (width, height). Pictures of all but the first size carry the size as a `suffix`.
+
+    A student that began --from_scratch has no reference: only its pictures are drawn.
+    """
     args, steps, images = run.args, run.args.validation_num_inference_steps, run.references.setdefault(suffix, {})
-    if not images:
-        sampler = images["sampler"] = Sampler(run, size)
-        images |= {("teacher", k): sampler.images("teacher", k) for k in sorted({50, *steps})}
-        images |= {("untrained", k): sampler.images("untrained", k) for k in steps}
+    with contextlib.ExitStack() as stack:
+        if not images:
+            sampler = images["sampler"] = Sampler(run, size)
+            if not args.from_scratch:
+                stack.enter_context(starting_model(run))
+                images |= {("teacher", k): sampler.images("teacher", k) for k in sorted({50, *steps})}
+                images |= {("untrained", k): sampler.images("untrained", k) for k in steps}
+        metrics = {f"{name}{suffix}": value for name, value in extra_validation(run, images).items()}
     sampler = images["sampler"]
-    images |= {(name, k): sampler.images(name, k) for name in ("student", "target") for k in steps}
-    metrics = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
-    write_metrics(run, {key.replace("fidelity", f"fidelity{suffix}"): value for key, value in metrics.items()})
-    columns = {f"teacher {k}": images["teacher", k] for k in (50, 4, 1) if ("teacher", k) in images}
-    columns |= {"untrained 1": images["untrained", 1]} if 1 in steps else {}
+    if not args.from_scratch:
+        images |= {(name, k): sampler.images(name, k) for name in NETWORKS for k in steps}
+        found = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
+        metrics |= {key.replace("fidelity", f"fidelity{suffix}"): value for key, value in found.items()}
+        print_fidelity(found, steps, sampler, args)
+    if metrics:
+        write_metrics(run, metrics)
+    start = "teacher" if METHOD.has_teacher else "start"
+    columns = {f"{start} {k}": images["teacher", k] for k in (50, 4, 1) if ("teacher", k) in images}
+    columns |= {"untrained 1": images["untrained", 1]} if ("untrained", 1) in images else {}
     columns |= {f"student {k}": sampler.images("target", k, stock=True) for k in steps}
     grid = draw_grid({title: column[:: sampler.seeds] for title, column in columns.items()}, sampler.prompts)
     path = Path(args.output_dir, "validation", f"step-{run.step}{suffix}.png")
@@ -1559,8 +2075,8 @@ def validate_size(run, size, suffix):
     grid.save(path)
     for tracker in run.accelerator.trackers:
         kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({f"validation{suffix}": np.asarray(grid)[None]}, step=run.step, **kwargs)
-    print_fidelity(metrics, steps, sampler, args)
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({f"validation{suffix}": np.asarray(grid)[None]}, step=run.step, **kwargs)
 
 
 def fidelity(images, steps, groups, seeds):
@@ -1598,13 +2114,36 @@ def print_fidelity(metrics, steps, sampler, args):
     tqdm.write("\n".join(lines))
 
 
+def find_font(text, size=13):
+    """A font for a text: PIL's own where it has all letters, else of those installed the one that lacks the fewest."""
+
+    def count_missing(font):
+        box = bytes(font.getmask("\uffff"))  # what a font shows for a letter that it lacks
+        return sum(bytes(font.getmask(letter)) == box for letter in {*text} if not letter.isspace())
+
+    best = ImageFont.load_default(size)
+    folders = [Path(root).expanduser() for root in ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts",
+               "~/.local/share/fonts", "/System/Library/Fonts", "C:/Windows/Fonts")]  # fmt: skip
+    if package := importlib.util.find_spec("fontpkg_noto_sans"):
+        folders.insert(0, Path(package.origin).parent)
+    missing, files = count_missing(best), (path for folder in folders for path in sorted(folder.rglob("*.[to]t[fc]")))
+    while missing and (path := next(files, None)):
+        with contextlib.suppress(OSError):  # not a font after all
+            font = ImageFont.truetype(path, size)
+            if (count := count_missing(font)) < missing:
+                best, missing = font, count
+    if missing:
+        logger.warning("No font here has %d letters of the validation prompts: boxes stand for them", missing)
+    return best
+
+
 def draw_grid(columns, prompts):
     """Draws images side by side: a row a prompt, a titled column for each entry of {title: (prompts, 3, h, w)}."""
     height, width = next(iter(columns.values())).shape[-2:]
     enlarged, left, top, gap = max(1, 96 / height), 150, 24, 4
     cell = round(width * enlarged), round(height * enlarged)
     size = (left + len(columns) * (cell[0] + gap), top + len(prompts) * (cell[1] + gap))
-    grid, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
+    grid, font = Image.new("RGB", size, "white"), find_font("".join(prompts))
     pen = ImageDraw.Draw(grid)
     for row, prompt in enumerate(prompts):
         pen.multiline_text((gap, top + row * (cell[1] + gap)), textwrap.fill(prompt[:100], 20), "black", font)
@@ -1653,6 +2192,10 @@ def log_metrics(run, clock, progress):
         if run.nonfinite_in_a_row == 10:
             fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, a lower --learning_rate, and a "
                  "VAE that does not overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
+    scale = accelerator.scaler.get_scale() if accelerator.scaler else None
+    if scale is not None and scale < 2**-10:  # halved 26 times without a step that went well
+        fail(f"fp16's gradients overflow at a scale of {scale:.1e}: nothing is learnt any more; try bf16, a lower "
+             "--learning_rate, or a VAE that does not overflow (--pretrained_vae_model_name_or_path)")  # fmt: skip
     finite = losses[good], grad_norms[grad_norms.isfinite()]
     loss, grad_norm = (values.mean().item() if len(values) else None for values in finite)
     seconds = time.perf_counter() - clock["time"]
@@ -1665,6 +2208,8 @@ def log_metrics(run, clock, progress):
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
                "free_memory_gb": free / 2**30, "nonfinite_steps": run.nonfinite_steps,
                "skipped": reduce_skipped(run)}  # fmt: skip
+    if scale is not None:
+        metrics |= {"skipped_steps": run.skipped_steps, "scale": scale}
     run.history.clear()
     run.reader.waited, clock["time"], clock["step"] = 0.0, time.perf_counter(), run.step
     if accelerator.is_main_process:
@@ -1672,115 +2217,281 @@ def log_metrics(run, clock, progress):
         progress.set_postfix_str(f"loss {math.nan if loss is None else loss:.4g}, {speed:.3g} images/s")
 
 
-# -------------------------------------------------------------------------------------------------- training loop
-def step_generator(run, micro_step):
-    """Seeds PyTorch, and gives a generator for the draws of this micro-step: pure functions of (seed, step, rank)."""
-    name = f"{run.args.seed}/{run.step}/{micro_step}/{run.accelerator.process_index}"
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
-    torch.manual_seed(seed)  # for dropout, where a model has any
-    return torch.Generator(run.accelerator.device).manual_seed(seed)
+# --------------------------------------------------------------------------------------------------------- arguments
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy")
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+PATHS = ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "cache_dir", "init_from", "init_lora",
+         "train_shards_path_or_url", "output_dir", "resume_from_checkpoint", "validation_prompts")  # fmt: skip
+LORA_FLAGS = ("init_lora", "lora_alpha", "lora_dropout", "lora_target_modules", "export_fused")
 
 
-@torch.no_grad()
-def update_target(models, args):
-    """θ⁻ ← μ θ⁻ + (1 − μ) θ, all at once, or layer by layer where θ⁻ is kept on the CPU."""
-    if not args.offload_ema:
-        return torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
-    for target, student in zip(models.target_parameters, models.student_parameters, strict=True):
-        moved = target.to(student.device, non_blocking=True).lerp_(student, 1 - args.ema_decay)
-        target.copy_(moved, non_blocking=True)  # on the host when the loss of this step is read there
+def number(kind, low, high=math.inf):
+    """An argparse type: a number within [low, high]."""
+
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {low} … {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # which argparse names where the text is no number
+    return parse
 
 
-def train_step(run):
-    """One optimizer step over --gradient_accumulation_steps micro-batches, then the EMA of the target."""
-    args, accelerator, models = run.args, run.accelerator, run.models
-    loss_sum = torch.zeros((), device=accelerator.device)
-    for micro_step in range(args.gradient_accumulation_steps):
-        batch, generator = run.reader.next_batch(), step_generator(run, micro_step)
-        with accelerator.accumulate(run.nets["student"].unet):
-            x_0, c = encode_batch(run, batch, generator)
-            draws = draw(x_0, models.schedule, args, generator)
-            loss = distillation_loss(**run.nets, schedule=models.schedule, x_0=x_0, c=c, uncond=run.uncond,
-                                     draws=draws, args=args)  # fmt: skip
-            accelerator.backward(loss)
-            loss_sum += loss.detach() / args.gradient_accumulation_steps
-    grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm or math.inf)
-    optimizer_step(run, grad_norm)
-    update_target(models, args)
-    run.history.append(torch.stack([loss_sum, grad_norm]))
+def sizes(text):
+    """An argparse type: WIDTHxHEIGHT,… → [[width, height], …]."""
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) for size in text.lower().split(",")]
+    if None in found:
+        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT or several of them, parted by commas")
+    return [[int(side) for side in size.groups()] for size in found]
 
 
-def optimizer_step(run, grad_norm):
-    """Steps the optimizer unless the gradients are not finite.
-
-    A fused one decides that on the device, by the attributes that torch.amp.GradScaler gives it; others wait for it.
-    """
-    optimizer, is_bad = run.optimizer.optimizer, ~torch.isfinite(grad_norm)
-    has_scaler = run.accelerator.scaler is not None  # which skips such steps itself
-    if optimizer.defaults.get("fused") and not has_scaler:
-        optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
-    if optimizer.defaults.get("fused") or has_scaler or not is_bad:
-        run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.lr_scheduler.step()
-
-
-def handle_signals(run):
-    """SIGTERM and SIGINT end the run after the step under way, with a checkpoint; a second SIGINT ends it at once."""
-
-    def handler(signum, _frame):
-        run.stop_signal = signum
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM often comes twice: from the batch system and torchrun
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, handler)
+def add_model_args(parser):
+    add = parser.add_argument_group("models").add_argument
+    add("--pretrained_teacher_model", "--pretrained_model_name_or_path", required=True,
+        help="hub id or folder of the pipeline to distil, or to start from: SD 1.x, 2.x or XL")  # fmt: skip
+    add("--pretrained_vae_model_name_or_path", help="another VAE: hub id or folder")
+    add("--teacher_revision", help="revision of the teacher's repository")
+    add("--revision", help="revision of the VAE's repository (--pretrained_vae_model_name_or_path)")
+    add("--cache_dir", help="where downloaded models are kept")
+    add("--init_from", help="start from the output folder of an earlier run")
+    add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, help="teacher, or a LoRA's base, in the compute "
+        "precision (default)")  # fmt: skip
+    add("--offload_ema", action="store_true", help="keep the EMA on the CPU but for its pass and its update")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's sdpa")
+    add("--compile", action="store_true", help="torch.compile the U-Nets: minutes at the start, faster afterwards")
+    add("--half_precision_norms", action=argparse.BooleanOptionalAction, default=True, help="norms of the U-Net on a "
+        "GPU in the precision of their input: a quarter less memory than in float32, as autocast has them")  # fmt: skip
 
 
-def train(run):
-    """The loop: steps, logs, checkpoints and validations until --max_train_steps or a signal."""
-    args, accelerator = run.args, run.accelerator
-    host_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    progress = tqdm(total=args.max_train_steps, initial=run.step, disable=not accelerator.is_local_main_process,
-                    desc="Steps", unit="step", dynamic_ncols=True)  # fmt: skip
-    if args.validation_steps and run.step == 0:
-        validate(run)
-    clock = {"time": time.perf_counter(), "step": run.step}
-    while run.step < args.max_train_steps:
-        train_step(run)
-        run.step += 1
-        progress.update()
-        is_last = run.step == args.max_train_steps
-        if run.step % args.logging_steps == 0 or is_last:
-            log_metrics(run, clock, progress)
-        stop = torch.tensor(run.stop_signal)
-        if host_group:  # the ranks agree on the host, so that the device need not be waited for
-            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=host_group)
-        paused = time.perf_counter()
-        if stop or (args.checkpointing_steps and (run.step % args.checkpointing_steps == 0 or is_last)):
-            save_checkpoint(run)
-        if stop:
-            progress.close()
-            logger.warning("Stopped by signal %d; go on with --resume_from_checkpoint latest", stop)
-            raise SystemExit(128 + int(stop))
-        if args.validation_steps and (run.step % args.validation_steps == 0 or is_last):
-            validate(run)
-        clock["time"] += time.perf_counter() - paused
-    progress.close()
+def add_lora_args(parser):
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--lora_rank", type=number(int, 0), help="rank of the adapter; 0: the whole U-Net is trained")
+    add("--lora_alpha", type=number(float, 1e-9), help="its scale is alpha / rank (default: the rank)")
+    add("--lora_dropout", type=number(float, 0, 1), default=0.0, help="dropout of the adapter's input")
+    add("--lora_target_modules", nargs="+", metavar="NAME", help="layers, by the end of their names (default: "
+        "attention, feed-forward, convolutions, time projections)")  # fmt: skip
+    add("--init_lora", help="go on from this LoRA: hub id, folder or file; its rank and layers count")
+    add("--base_precision", default="none", choices=["none", "int8", "nf4"], help="quantise the base (bitsandbytes)")
+    add("--export_fused", action="store_true", help="also a whole pipeline with the adapter merged, in fused/")
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+def add_data_args(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--train_shards_path_or_url", nargs="+", required=True, metavar="SHARDS",
+        help="tar shards: brace patterns, paths, URLs, pipe: commands, or a .txt list with one a line")  # fmt: skip
+    add("--max_train_samples", type=number(int, 1), help="samples in an epoch (default: counted, if shards are files)")
+    add("--encoded_shards", action=argparse.BooleanOptionalAction, help="read the latents and text embeddings that "
+        "prepare_shards.py stored (default: if the first sample has them)")  # fmt: skip
+    add("--resolution", type=number(int, 1), help="side of the square training images, in pixels; root of the area of "
+        "those that prepare_shards.py cropped to buckets")  # fmt: skip
+    add("--interpolation_type", default="bilinear", choices=sorted(INTERPOLATION), help="filter of the resize")
+    add("--center_crop", action="store_true", help="crop the centre instead of a random place")
+    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--use_fix_crop_and_size", action="store_true", help="tell SDXL that no image was resized or cropped")
+    add("--proportion_empty_prompts", type=number(float, 0, 1), default=0.0, help="share of captions replaced by ''")
+    add("--min_image_size", type=number(int, 0), default=0, help="skip samples whose JSON gives a smaller side")
+    add("--max_pwatermark", type=float, default=0.5, help="skip samples whose JSON gives a higher pwatermark")
+    add("--max_bad_samples", type=number(float, 0, 1), default=0.5, help="stop if more of 1,000 samples are broken")
+    add("--shuffle_buffer_size", type=number(int, 1), default=1000, help="undecoded samples a loader worker shuffles")
+    add("--shard_timeout", type=float, default=60.0, help="seconds without data until a URL or pipe is given up")
+    add("--dataloader_num_workers", type=number(int, 0), default=4, help="loader processes for each rank")
+
+
+def add_training_args(parser):
+    add = parser.add_argument_group("training").add_argument
+    add("--num_ddim_timesteps", type=number(int, 1), help="N, points of the grid of times")
+    add("--ema_decay", type=number(float, 0, 1), help="decay of the target network θ⁻; 0: θ itself")
+    add("--seed", type=int, default=0, help="of data order, noise, timesteps and guidance weights")
+    add("--train_batch_size", type=number(int, 1), default=16, help="images a process and micro-step")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-steps in an optimizer step")
+    add("--num_train_epochs", type=number(int, 1), default=100, help="epochs, where --max_train_steps is not given")
+    add("--max_train_steps", type=number(int, 1), help="optimizer steps in all")
+    add("--learning_rate", type=number(float, 0), help="peak learning rate (default: 8e-6, of a LoRA 1e-4)")
+    add("--scale_lr", action="store_true", help="multiply it by batch size × accumulation × processes")
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="schedule of the learning rate")
+    add("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of linear warm-up (not for 'constant')")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="8-bit ones need a quarter of the memory")
+    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
+    add("--adam_beta1", type=number(float, 0, 0.99999), default=0.9, help="decay of the first moment")
+    add("--adam_beta2", type=number(float, 0, 0.99999), default=0.999, help="decay of the second moment")
+    add("--adam_weight_decay", type=number(float, 0), default=1e-2, help="decoupled weight decay")
+    add("--adam_epsilon", type=number(float, 0), default=1e-8, help="epsilon of Adam")
+    add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm (0: not)")
+    add("--mixed_precision", choices=list(DTYPES), help="default: as `accelerate config` says")
+    add("--allow_tf32", action="store_true", help="TF32 also for matrix products (fp16 and bf16: always)")
+    add("--deterministic", action="store_true", help="deterministic GPU kernels, slower: resumes to the bit there, too")
+    add("--vae_encode_batch_size", type=number(int, 1), help="images the VAE takes at once (default: a megapixel)")
+
+
+def add_output_args(parser):
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", help="folder of the run")
+    add("--logging_dir", default="logs", help="tracker files, below --output_dir")
+    add("--logging_steps", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (a host sync)")
+    add("--report_to", default="tensorboard", choices=[*LoggerType.list(), "none"], help="tracker")
+    add("--tracker_project_name", help="project in the trackers")
+    add("--tracker_run_name", help="name of the run in wandb, mlflow and the like")
+    add("--checkpointing_steps", type=number(int, 0), default=500, help="steps between checkpoints (0: none)")
+    add("--checkpoints_total_limit", type=number(int, 1), help="checkpoints to keep")
+    add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
+    add("--validation_steps", type=number(int, 0), default=200, help="steps between validations (0: none)")
+    add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line")
+    add("--validation_negative_prompt", default="", help="negative prompt of the teacher in validation")
+    add("--validation_guidance_scale", type=number(float, 1), help="w + 1 in validation (default: the method's)")
+    add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")
+    add("--validation_resolutions", type=sizes, help="WIDTHxHEIGHT,… of the pictures (default: --resolution)")
+    add("--num_validation_images", type=number(int, 1), default=2, help="seeds for each prompt, for the fidelity")
+    add("--push_to_hub", action="store_true", help="upload what is exported")
+    add("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
+    add("--hub_token", help="token for the upload; never written to any file")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        is_empty = action.default is None or action.default is False or action.default == ""
+        return action.help if is_empty else super()._get_help_string(action)
+
+
+def check_args(parser, args):
+    """Refuses arguments that contradict each other."""
+    if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
+        parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
+    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
+        parser.error(f"--use_8bit_adam is --optimizer adamw8bit, not {args.optimizer}")
+    if args.mixed_precision not in DTYPES:
+        parser.error(f"--mixed_precision {args.mixed_precision}, as accelerate's configuration says, is not supported")
+    if args.init_from and not Path(args.init_from).is_dir():
+        parser.error(f"--init_from {args.init_from} is no folder")
+    if args.offload_ema and (args.lora_rank or not args.ema_decay):
+        parser.error("--offload_ema is for a U-Net with an --ema_decay of its own")
+    for flag in LORA_FLAGS:
+        if getattr(args, flag) and not args.lora_rank:
+            parser.error(f"--{flag} needs --lora_rank")
+    if args.base_precision != "none" and not args.lora_rank:
+        parser.error("--base_precision quantises the base of a LoRA: give --lora_rank too")
+
+
+def parse_args(argv=None):
+    """Reads the command line and refuses what can be known to be wrong without opening a file."""
+    formatter = functools.partial(HelpFormatter, max_help_position=44, width=120)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@",
+        usage="%(prog)s --pretrained_teacher_model MODEL --train_shards_path_or_url SHARDS [flags] [@file-with-flags]",
+    )  # fmt: skip
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line.removeprefix("\ufeff"), comments=True)
+    parser.set_defaults(unet_time_cond_proj_dim=None, from_scratch=False, dropout=None)  # if a method has no such flag
+    groups = add_model_args, add_lora_args, add_data_args, add_method_args, add_training_args, add_output_args
+    for add_group in groups:
+        add_group(parser)
+    parser.set_defaults(**DEFAULTS)
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as error:  # of shlex or a codec
+        parser.error(f"an @file with flags cannot be read: {error}")
+    for name, value in vars(args).items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # files could not be written, or not under this name, when all steps are done
+            parser.error(f"--{name} is not in UTF-8")
+        if name in PATHS and value:
+            value = [os.path.expanduser(v) for v in value] if isinstance(value, list) else os.path.expanduser(value)
+            setattr(args, name, value)
+    check_method_args(parser, args)
+    if args.mixed_precision is None:
+        args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    check_args(parser, args)
+    if args.use_8bit_adam:
+        args.optimizer = "adamw8bit"
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.lora_rank else 8e-6
+    if args.init_from and args.lora_rank:
+        args.init_lora = args.init_lora or args.init_from
+    if args.cast_teacher_unet is None:
+        args.cast_teacher_unet = args.mixed_precision != "no"
+    if args.validation_resolutions is None:
+        args.validation_resolutions = [[args.resolution, args.resolution]]
+    if args.vae_encode_batch_size is None:  # more only needs more memory
+        args.vae_encode_batch_size = max(1, 2**20 // args.resolution**2)
+    return args
+
+
+def check_launch():
+    """Refuses what accelerate may be configured to, but not this script, and says which settings are not used."""
+    for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):  # rank 0 alone saves
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
+            fail(f"{kind} is not supported; use distributed_type MULTI_GPU, and --optimizer adamw8bit to save memory")
+    if os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":  # which would compile whatever is prepared
+        logger.warning("accelerate's configuration asks for dynamo, which is not used: --compile does that here")
+    is_parallel = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if is_parallel and not torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        fail("several processes without a GPU do not find each other unless ACCELERATE_USE_CPU=true is set")
+
+
+def check_environment(args):
+    """Refuses what this machine cannot do: a folder it cannot write, fp16 without a GPU, packages that are missing."""
+    output, xformers = Path(args.output_dir), args.enable_xformers_memory_efficient_attention
+    check_launch()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        fail(f"--output_dir {output} cannot be written: {error}")
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        fail("--mixed_precision fp16 needs a GPU; use bf16 or no")
+    if xformers and not torch.cuda.is_available():
+        fail("--enable_xformers_memory_efficient_attention needs a GPU; without it PyTorch's attention is used")
+    if args.base_precision != "none" and not torch.cuda.is_available():
+        fail(f"--base_precision {args.base_precision} needs a GPU; without it the base is in the compute precision")
+    if args.optimizer.startswith("paged") and not torch.cuda.is_available():
+        fail(f"--optimizer {args.optimizer} needs a GPU; use adamw8bit")
+    wanted = {"bitsandbytes": "8bit" in args.optimizer, "prodigyopt": args.optimizer == "prodigy",
+              args.report_to: args.report_to not in ("all", "none"), "xformers": xformers}  # fmt: skip
+    for package in (package for package, is_wanted in wanted.items() if is_wanted):
+        try:
+            __import__(package)
+        except Exception as error:
+            fail(f"a flag asks for {package}, which cannot be imported here ({error}); install it or drop the flag")
+    if args.mixed_precision == "bf16" and torch.cuda.is_available():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            logger.warning("this GPU only emulates bf16, slowly: --mixed_precision fp16 is faster on it")
+    if not args.resume_from_checkpoint and list_checkpoints(output):
+        fail(f"--output_dir {output} holds checkpoints; --resume_from_checkpoint latest, or another folder?")
+
+
+def public_args(args):
+    """The arguments as they may be written to files and trackers: without tokens."""
+    prompts = ("validation_prompts", "validation_negative_prompt")
+    return {k: v if k in prompts else redact(v) for k, v in vars(args).items() if k != "hub_token"}
+
+
+# -------------------------------------------------------------------------------------------------------------- main
 def make_accelerator(args):
     """Starts the processes' communication, logging and trackers."""
     config = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
+    # rank 0 validates, saves and exports alone for longer than the ten minutes that a process group waits for it;
+    # gradients lie in DDP's buckets; a compiled U-Net is cut at each bucket's end: one bucket for all of them then
+    process_group = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False,
+                                        bucket_cap_mb=2**14 if args.compile else 25)  # fmt: skip
     accelerator = Accelerator(mixed_precision=args.mixed_precision, project_config=config,
-                              gradient_accumulation_steps=args.gradient_accumulation_steps,
+                              kwargs_handlers=[process_group, ddp],
                               log_with=None if args.report_to == "none" else args.report_to)  # fmt: skip
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # which the environment would override
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    if args.allow_tf32 or args.mixed_precision != "no":  # else PyTorch's default: TF32 for convolutions alone
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if args.compile:  # a size that comes up anew is compiled anew, but never silently run uncompiled
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
     return accelerator
 
 
@@ -1812,34 +2523,33 @@ def make_optimizer(args, parameters, num_processes):
         fail(f"--lr_scheduler {args.lr_scheduler} with this --learning_rate: {error}")
 
 
-def unconditional(models, nets, args):
-    """The conditioning of the teacher's unconditional half, or None where that is not run."""
-    return encode_prompts(models, [""]) if args.w_max > 0 and not nets["teacher"].guidance_dim else None
-
-
 def start_run(args, accelerator):
     """Checks the inputs, loads models, data and checkpoint, and returns the Run."""
-    scheduler = check_teacher(args)
+    teacher = check_teacher(args)
     load_prompts(args)
     urls = expand_shards(args.train_shards_path_or_url)
     checkpoint = find_checkpoint(args)
-    # the main process looks, all are told
-    args.encoded_shards = broadcast_object_list([accelerator.is_main_process and check_shards(urls, args)])[0]
+    shapes = {"time_ids": (6,)} if teacher.family.has_time_ids else {}
+    found = [check_shards(urls, args, shapes) if accelerator.is_main_process else None]
+    args.encoded_shards, args.bucketed_shards = broadcast_object_list(found)[0]
     if args.max_train_steps is None:
         images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         samples = args.max_train_samples or count_samples(urls, args)
         args.max_train_steps = args.num_train_epochs * math.ceil(samples / images)
-    models = load_models(args, scheduler, accelerator)
+    models = load_models(args, teacher, accelerator)
     optimizer, lr_scheduler = make_optimizer(args, models.student_parameters, accelerator.num_processes)
-    nets, optimizer = prepare(models, optimizer, accelerator)
-    with lent(models.text_encoder, accelerator.device):
-        uncond = unconditional(models, nets, args)
+    nets, optimizer = prepare(models, args, optimizer, accelerator)
+    with lent(models.text_encoders, accelerator.device):
+        has_uncond = METHOD.has_teacher and args.w_max > 0 and not nets["teacher"].guidance_dim
+        uncond = encode_uncond(models, "") if has_uncond else None
         empty = find_empty(models, urls) if args.encoded_shards else {}
-    shapes = {name: tuple(value.shape[1:]) for name, value in empty.items()}
+    shapes |= {name: tuple(value.shape[1:]) for name, value in empty.items()}
     shapes["mean"] = (models.vae.config.latent_channels, 0, 0)
     rank, world_size, state = accelerator.process_index, accelerator.num_processes, checkpoint and checkpoint["stream"]
     reader = BatchReader(ShardStream(urls, args, rank, world_size, state, shapes), accelerator.device)
     run = Run(args, accelerator, models, nets, optimizer, lr_scheduler, reader, uncond, empty)
+    if world_size > 1:
+        run.host_group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     if checkpoint:
         load_checkpoint(run, checkpoint)
     trim_metrics(run)
@@ -1848,30 +2558,48 @@ def start_run(args, accelerator):
 
 def memory_savers(args):
     """What is still to be tried against an out-of-memory error, by the flags in use."""
-    has_target = args.ema_decay and not getattr(args, "lora_rank", 0)
+    has_target = args.ema_decay and not args.lora_rank
     savers = {"a smaller --train_batch_size": args.train_batch_size > 1,
               "--gradient_checkpointing": not args.gradient_checkpointing,
-              "--offload_ema": has_target and not getattr(args, "offload_ema", True),
+              "--offload_ema": has_target and not args.offload_ema,
               "--optimizer adamw8bit": args.optimizer in ("adamw", "prodigy"),
               "shards that prepare_shards.py encoded (no VAE, no text encoder)": not args.encoded_shards,
               "a smaller --resolution": True}  # fmt: skip
     return [saver for saver, is_unused in savers.items() if is_unused]
 
 
+def start_trackers(args, accelerator):
+    """Writes args.json, and starts the trackers; their files lie below --output_dir."""
+    Path(args.output_dir, "args.json").write_text(json.dumps(public_args(args), indent=2) + "\n", encoding="utf-8")
+    config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_args(args).items()}
+    logs, name = str(Path(args.output_dir, args.logging_dir)), args.tracker_run_name
+    options = {"wandb": {"dir": logs, "name": name}, "mlflow": {"run_name": name}, "trackio": {"name": name},
+               "swanlab": {"experiment_name": name}}  # fmt: skip
+    if accelerator.log_with:
+        os.makedirs(logs, exist_ok=True)
+    try:
+        accelerator.init_trackers(args.tracker_project_name, config, options)
+    except Exception as error:  # no login, no server: each tracker has errors of its own
+        fail(f"--report_to {args.report_to} cannot start: {first_line(error)}")
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_environment(args)
     accelerator = make_accelerator(args)
-    run = start_run(args, accelerator)
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            open_repository(args)
-        Path(args.output_dir, "args.json").write_text(json.dumps(public_args(args), indent=2) + "\n", encoding="utf-8")
-        config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_args(args).items()}
-        accelerator.init_trackers(args.tracker_project_name, config)
-    handle_signals(run)
+    run = None
     try:
+        run = start_run(args, accelerator)
+        if accelerator.is_main_process:
+            if args.push_to_hub:
+                open_repository(args)
+            start_trackers(args, accelerator)
+        handle_signals(run)
         train(run)
+        run.reader.close()
+        if accelerator.is_main_process:
+            publish(run, export(run))
+        accelerator.end_training()
     except torch.OutOfMemoryError as error:
         fail(f"out of device memory: {first_line(error)} Try {', '.join(memory_savers(args))}")
     except RuntimeError as error:
@@ -1879,10 +2607,10 @@ def main(argv=None):
             raise
         fail(f"a loader worker died: {error}; is there enough memory? go on with --resume_from_checkpoint latest")
     finally:
-        run.reader.close()
-    if accelerator.is_main_process:
-        publish(run, export(run))
-    accelerator.end_training()
+        if run:
+            run.reader.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD=$(head -n 1 <<< "$HOSTS")
+LAST=$(tail -n 1 <<< "$HOSTS")
 PORT=$((20000 + SLURM_JOB_ID % 10000))
-export HEAD PORT
+export HEAD LAST PORT
 
 # B: above sends the signal to this shell alone, which so knows that it must requeue; scancel sends it on to all
 # processes of the step, and not to this shell or srun.
@@ -32,8 +34,17 @@ trap 'is_stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
 # SIGTERM reaches trainers and torchrun alike. torchrun has to ignore it: it would send it to the trainers once more,
 # and a second one ends a trainer without a checkpoint. Trainers inherit "ignore", and set their own handler later.
+#
+# gloo, in which the ranks meet on the host, listens where the node's own name points, often 127.0.0.1: it is told the
+# interface that leads to another node.
 srun --kill-on-bad-exit=1 bash -c '
     trap "" TERM
+    if [ "$SLURM_NNODES" -gt 1 ] && [ -z "$GLOO_SOCKET_IFNAME" ]; then
+        [ "$SLURM_NODEID" = 0 ] && other=$LAST || other=$HEAD
+        read -r address _ < <(getent ahosts "$other")
+        GLOO_SOCKET_IFNAME=$(ip -o route get "$address" | sed -n "s/.* dev \([^ ]*\).*/\1/p")
+        [ -z "$GLOO_SOCKET_IFNAME" ] || export GLOO_SOCKET_IFNAME
+    fi
     exec torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" --rdzv_id "$SLURM_JOB_ID" \
         --rdzv_backend c10d --rdzv_endpoint "$HEAD:$PORT" --signals-to-handle SIGINT,SIGHUP,SIGQUIT "$@"
 ' torchrun "$@" --resume_from_checkpoint=latest &

@@ -124,6 +124,8 @@ if [ "$DRY" != 1 ]; then
     speed bf16-compile 230 bf16 --compile
     speed fp16 90 fp16
     speed 8bit 90 bf16 --optimizer adamw8bit
+    speed float32-norms 90 bf16 --no-half_precision_norms
+    speed encoded 120 bf16 --encoded
     speed xformers 90 bf16 --enable_xformers_memory_efficient_attention
 fi
 speed offload-ema 90 bf16 --offload_ema

@@ -5,8 +5,12 @@
 Runs the script's own start and train_step on a device that exists by name alone (PyTorch's fake tensors: shapes, dtypes
 and devices, no numbers), with CUDA's autocast, and adds up the bytes of the tensors alive there. On a GPU come on top:
 the context, the workspaces of cuBLAS and cuDNN, what the allocator rounds up. Not counted: --compile, fp16, xformers,
-8-bit optimizers. A step that reads a value back from the device, for which the host would have to wait, or that mixes
-tensors of host and device, is reported with its line.
+paged optimizers, a quantised base. 8-bit optimizers are bitsandbytes' own, with the states they make and an update that
+does nothing. With --ddp the student is in PyTorch's DistributedDataParallel, as the script's accelerator would set it
+up, in a group that sends nothing: what its buckets hold is counted, not what NCCL allocates for itself.
+
+A line that reads a value back from the device, for which the host would have to wait (it is told 0 here), or that
+copies in a way that the host waits for, is reported; one that mixes tensors of host and device ends the count.
 """
 
 import argparse
@@ -49,8 +53,9 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 NAME = "fakegpu"
 WAITS = (DataDependentOutputException, DynamicOutputShapeException, FakeTensorDeviceMismatchError)
+READ = torch.ops.aten._local_scalar_dense.default
 STAGES = ("text", "VAE", "teacher", "target", "student forward", "backward", "clip + optimizer", "EMA")
-UNCOUNTED = ("--compile", "--enable_xformers_memory_efficient_attention", "8bit", "--base_precision")
+UNCOUNTED = ("--compile", "--enable_xformers_memory_efficient_attention", "paged", "--base_precision")
 # autocast on CUDA runs these in half precision, those in float32, and all else as its inputs are
 HALF = ("linear", "conv2d", "matmul", "mm", "bmm", "addmm", "baddbmm")
 SINGLE = ("group_norm", "layer_norm", "softmax.int", "mse_loss", "pow.Tensor_Scalar", "exp", "log", "sum")
@@ -149,7 +154,14 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.known, self.copies = Counter(), 0, {}, Counter()
+        self.live, self.peak, self.known, self.copies, self.reads = Counter(), 0, {}, Counter(), Counter()
+
+    @staticmethod
+    def line():
+        """The line under way, of a script or a library."""
+        frames = [f"{Path(f.filename).name}:{f.lineno} {f.line}" for f in traceback.extract_stack()
+                  if "/torch/" not in f.filename and f.filename != __file__]  # fmt: skip
+        return frames[-1]
 
     def note_copy(self, function, args, kwargs):
         """Counts copies between host and device that the host waits for, by the lines that ask for them."""
@@ -161,9 +173,7 @@ class LiveBytes(TorchDispatchMode):
         else:
             return
         if is_blocking and len(places) == 2:
-            frames = [f"{Path(f.filename).name}:{f.lineno} {f.line}" for f in traceback.extract_stack()
-                      if "/torch/" not in f.filename and f.filename != __file__]  # fmt: skip
-            self.copies[frames[-1]] += 1
+            self.copies[self.line()] += 1
 
     def note(self, tensor):
         storage, device = tensor.untyped_storage(), tensor.device.type
@@ -179,14 +189,19 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.live[NAME])
 
     def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:  # half of all calls
+            return function(*args)
         self.note_copy(function, args, kwargs or {})
+        if function is READ and args[0].device.type == NAME:
+            self.reads[self.line()] += 1
+            return 0.0 if args[0].is_floating_point() else 0
         result = function(*args, **(kwargs or {}))
         torch.utils._pytree.tree_map_only(torch.Tensor, self.note, result)
         return result
 
 
 class StageBytes(Stages):
-    """The stages of throughput.py, but of each the most bytes alive in it and those alive when it began."""
+    """The stages of throughput.py, but of each the most bytes alive in it, those alive when it began, and the FLOPs."""
 
     def __init__(self, live):
         super().__init__()
@@ -199,9 +214,12 @@ class StageBytes(Stages):
             return
         self.is_inside, before, self.live.peak = True, self.live.peak, self.live.live[NAME]
         self.begins[name] = max(self.begins[name], self.live.peak)
+        flops = self.counter.get_total_flops if self.counter else int
+        start = flops()
         try:
             yield
         finally:
+            self.totals[name] += flops() - start
             self.peaks[name] = max(self.peaks[name], self.live.peak)
             self.is_inside, self.live.peak = False, max(before, self.live.peak)
 
@@ -211,7 +229,7 @@ class Count:
 
     def __init__(self, options, stages):
         self.options, self.stages, self.live = options, stages, stages.live
-        self.rows, self.models, self.waits = [], {}, []
+        self.rows, self.models, self.waits, self.flops = [], {}, [], None
 
     def count_baseline(self, run, make_batch):
         """Adds to every row what baseline.py, a plain loop over the same networks, has alive at most."""
@@ -238,7 +256,7 @@ class Count:
 
         for size in self.options.batch_sizes:
             for _ in range(2):  # the first makes gradients and the optimizer's states
-                for seen in (run.history, stages.peaks, stages.begins, live.copies):
+                for seen in (run.history, stages.peaks, stages.begins, live.copies, live.reads):
                     seen.clear()
                 resident = live.peak = live.live[NAME]
                 try:
@@ -251,10 +269,13 @@ class Count:
                     raise Finished from error
                 run.step += 1
             self.rows.append({"batch_size": size, "resident": resident, "peak": live.peak, "peaks": {**stages.peaks},
-                              "begins": {**stages.begins}, "host": live.live["cpu"],
-                              "copies": {**live.copies}})  # fmt: skip
+                              "begins": {**stages.begins}, "host": live.live["cpu"], "copies": {**live.copies},
+                              "reads": {**live.reads}})  # fmt: skip
         if self.options.compare_baseline:
             self.count_baseline(run, make_batch)
+        if self.options.flops:
+            size = 1
+            self.flops = stages.count_flops(train_step, run)
         raise Finished
 
 
@@ -274,7 +295,33 @@ def copy_model(plain, value, *args):
     return type(value).from_config(value.config).to(value.dtype).train(value.training)
 
 
-def replacements(script, live, stack):
+class Replica(torch.nn.parallel.DistributedDataParallel):
+    """DDP whose buckets stay as they are first made: it would sort them after a step, which needs numbers."""
+
+    def _pre_forward(self, *inputs, **kwargs):
+        return inputs, kwargs
+
+
+def reduce_nothing(_, bucket):
+    """Stands in for the all-reduce of a bucket."""
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def replicate(nets, accelerator, stack):
+    """Wraps the student as accelerate would on several GPUs."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    stack.callback(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
+    handler = accelerator.ddp_handler
+    replica = Replica(nets["student"].unet, init_sync=False, **(handler.to_kwargs() if handler else {}))
+    replica.register_comm_hook(None, reduce_nothing)
+    nets["student"].unet = replica
+
+
+def replacements(script, live, stack, options, flags):
     """{(owner, name): value}: how the script is led to make its models, and take its steps, on the device."""
 
     def make_accelerator(original, args):
@@ -288,15 +335,25 @@ def replacements(script, live, stack):
         stack.enter_context(live)
         return original(*args)
 
+    def prepare(original, models, args, optimizer, accelerator):
+        nets, optimizer = original(models, args, optimizer, accelerator)
+        if options.ddp:
+            replicate(nets, accelerator, stack)
+        return nets, optimizer
+
     functional = torch.nn.functional
     pairs = {(script, "make_accelerator"): functools.partial(make_accelerator, find(script, "make_accelerator")),
              (script, "load_models"): functools.partial(load_models, find(script, "load_models")),
+             (script, "prepare"): functools.partial(prepare, find(script, "prepare")),
              (script, "step_generator"): lambda *_: torch.Generator(),
              (functional, "scaled_dot_product_attention"): functools.partial(
                  attention, functional.scaled_dot_product_attention), (torch.nn.Module, "_apply"): convert,
              (copy, "deepcopy"): functools.partial(copy_model, copy.deepcopy)}  # fmt: skip
-    if hasattr(script, "find_boundaries"):  # reads times at the start
-        pairs[script, "find_boundaries"] = lambda schedule, *_: schedule.grid
+    if any("8bit" in flag for flag in flags):
+        from bitsandbytes.optim.optimizer import Optimizer8bit
+
+        # its tables of 256 values are made by reading numbers
+        pairs[Optimizer8bit, "fill_qmap"] = unset_fake_temporarily()(Optimizer8bit.fill_qmap)
     for name in ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"):
         if kind := getattr(script, name, None):
             pairs[kind, "from_pretrained"] = functools.partial(from_config, kind)
@@ -304,7 +361,7 @@ def replacements(script, live, stack):
 
 
 def format_table(result):
-    """Bytes as GiB: what stays, the peak, and the peak of each stage, a line for each batch size."""
+    """Bytes as GiB: what stays, the peak, and the peak of each stage, a line for each batch size. FLOPs as TFLOP."""
     names = [name for name in STAGES if any(name in row["peaks"] for row in result["rows"])]
     lines = [f"{'batch':>6}{'stays':>9}{'peak':>9}  in" + "".join(f"{name:>17}" for name in names)]
     for row in result["rows"]:
@@ -312,15 +369,21 @@ def format_table(result):
         cells = [f"{cell / 2**30:.2f}" for cell in cells]
         lines.append(f"{row['batch_size']:6}{cells[0]:>9}{cells[1]:>9}    " + "".join(f"{c:>17}" for c in cells[2:]))
     lines += format_models(result["models"])
-    lines.append(f"GiB, {result['scale']}, {result['mixed_precision']} {' '.join(result['flags'])}; counted on tensors "
-                 "without contents, not measured on a device")  # fmt: skip
+    flags = " ".join([*result["ddp"] * ["--ddp"], *result["flags"]])
+    lines.append(f"GiB, {result['scale']}, {result['mixed_precision']} {flags}; counted on tensors without contents, "
+                 "not measured on a device")  # fmt: skip
+    if flops := result["flops_per_image"]:
+        lines.append("TFLOP an image: " + ", ".join(f"{name} {count / 1e12:.4g}" for name, count in flops.items()))
     lines += ["WAITS for the device or mixes devices: " + " < ".join(frames) for frames in result["waits"]]
     for row in result["rows"]:
         if plain := row.get("baseline"):
             lines.append(f"plain loop, batch {row['batch_size']}: {plain / 2**30:.2f}, {plain / row['peak']:.2f} times")
-    copies = result["rows"][-1]["copies"] if result["rows"] else {}
-    lines += [f"{count} copies a step that the host waits for: {where}" for where, count in copies.items()]
-    return "\n".join(lines + ([] if result["waits"] else ["values read back from the device in a step: none"]))
+    last = result["rows"][-1] if result["rows"] else {"copies": {}, "reads": {}}
+    for what, found in (("copies a step that the host waits for", last["copies"]),
+                        ("values a step READ back from the device", last["reads"])):  # fmt: skip
+        lines += [f"{count} {what}: {where}" for where, count in found.items()]
+    is_free = not result["waits"] and not last["reads"]
+    return "\n".join(lines + is_free * ["values read back from the device in a step: none"])
 
 
 def main(argv=None):
@@ -331,6 +394,9 @@ def main(argv=None):
     parser.set_defaults(batch_size=1)  # of the one that is read and repeated
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--compare_baseline", action="store_true", help="also the plain loop of baseline.py (LCM)")
+    parser.add_argument("--flops", action="store_true", help="also the FLOPs an image of each network")
+    parser.add_argument("--ddp", action="store_true", help="with the gradients' buckets of a run on several GPUs")
+    parser.add_argument("--material", help="folder that keeps what was made for the next run")
     parser.add_argument("--json", help="where to write the numbers, and beside them the table as .md")
     options, flags = parser.parse_known_args(argv)
     if refused := [flag for flag in flags if any(part in flag for part in UNCOUNTED)]:
@@ -341,16 +407,17 @@ def main(argv=None):
     stages = StageBytes(live)
     count = Count(options, stages)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        pipeline = make_pipeline(folder, options.scale, weights=False)
-        arguments = run_arguments(options, pipeline, make_shards(folder, 1, 2, (512, 512)), folder)
-        for (owner, name), value in replacements(script, live, stack).items():
+        material = options.material or folder
+        pipeline = make_pipeline(material, options.scale, weights=False)
+        arguments = run_arguments(options, pipeline, make_shards(material, 1, 2, (512, 512)), folder)
+        for (owner, name), value in replacements(script, live, stack, options, flags).items():
             stack.enter_context(mock.patch.object(owner, name, value))
         for undo in stages.hook_script(script):
             stack.callback(undo)
         run_script(script, [*arguments, "--dataloader_num_workers", 0, *flags], count)
     result = {**describe(options.script), "script": Path(options.script).name, "scale": options.scale,
-              "mixed_precision": options.mixed_precision, "flags": flags, "models": count.models, "rows": count.rows,
-              "waits": count.waits}  # fmt: skip
+              "mixed_precision": options.mixed_precision, "ddp": options.ddp, "flags": flags, "models": count.models,
+              "rows": count.rows, "waits": count.waits, "flops_per_image": count.flops}  # fmt: skip
     write_result(options.json, result, format_table(result))
     return result
 

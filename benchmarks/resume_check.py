@@ -3,10 +3,9 @@
     python benchmarks/resume_check.py --scale small --mixed_precision bf16 [flags of the script]
 
 Three runs: n steps straight, the same again, and one that goes on from the first one's checkpoint at n/2. The second
-tells how far apart two equal runs end on this device; deterministic kernels are asked for where there are any.
+tells how far apart two equal runs end on this device, with --deterministic.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,19 +17,11 @@ from common import describe, write_result
 from safetensors.torch import load_file
 from throughput import make_parser, script_arguments
 
-LAUNCH = """import runpy, sys, torch
-torch.use_deterministic_algorithms(True, warn_only=True)
-torch.backends.cudnn.benchmark = False
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")"""
-
 
 def run_all(script, runs):
-    """Runs the script with each of `runs`, arguments, at the same time, deterministic as far as its kernels are."""
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    start = [sys.executable, "-W", "ignore", "-c", LAUNCH, script]
-    jobs = [subprocess.Popen([*start, *map(str, arguments)], env=environment, text=True, stderr=subprocess.PIPE)
-            for arguments in runs]  # fmt: skip
+    """Runs the script with each of `runs`, arguments, at the same time."""
+    start = [sys.executable, "-W", "ignore", script]
+    jobs = [subprocess.Popen([*start, *map(str, arguments)], text=True, stderr=subprocess.PIPE) for arguments in runs]
     errors = [job.communicate()[1] for job in jobs]
     for job, text in zip(jobs, errors, strict=True):
         if job.returncode:
@@ -55,7 +46,7 @@ def main(argv=None):
     half = f"checkpoint-{options.steps // 2}"
     with tempfile.TemporaryDirectory() as folder:
         straight, again, resumed = (Path(folder, name) for name in ("straight", "again", "resumed"))
-        arguments = [*script_arguments(options, flags, folder), "--max_train_steps", options.steps,
+        arguments = [*script_arguments(options, flags, folder), "--deterministic", "--max_train_steps", options.steps,
                      "--checkpointing_steps", options.steps // 2, "--learning_rate", "1e-4"]  # fmt: skip
         run_all(options.script, [[*arguments, "--output_dir", output] for output in (straight, again)])
         shutil.copytree(straight / half, resumed / half)

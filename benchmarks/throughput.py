@@ -54,7 +54,7 @@ class Stages:
 
     def __init__(self, clock=time.perf_counter):
         self.totals, self.is_on, self.is_inside, self.counter = collections.Counter(), False, False, None
-        self.device, self.images, self.clock = torch.device("cpu"), 0, clock
+        self.device, self.clock = torch.device("cpu"), clock
 
     def now(self):
         if self.counter:
@@ -89,7 +89,7 @@ class Stages:
     def hook_script(self, script):
         """Hooks what can be hooked before the run; the batches of the FLOP count are cut down to one image."""
         reader, names = find(script, "BatchReader"), {}
-        self.names = names
+        self.names, self.has_teacher = names, find(script, "METHOD").has_teacher
         undo = [self.hook(script, attribute, name) for attribute, name in
                 {"encode_images": "VAE", "encode_prompts": "text", "guided_prediction": "teacher",
                  "log_metrics": "logging", "update_target": "EMA"}.items()]  # fmt: skip
@@ -99,7 +99,6 @@ class Stages:
         def one_image(reader):
             batch = next_batch(reader)
             if self.counter:
-                self.images += 1
                 is_column = {name: torch.is_tensor(value) or name == "captions" for name, value in batch.items()}
                 batch = {name: value[:1] if is_column[name] else value for name, value in batch.items()}
             return batch
@@ -117,6 +116,21 @@ class Stages:
         self.hook(run.accelerator, "clip_grad_norm_", "clip + optimizer")
         for attribute in ("step", "zero_grad"):
             self.hook(run.optimizer, attribute, "clip + optimizer")
+
+    def count_flops(self, train_step, run):
+        """FLOPs of one image by stage, counted in a step of the script on batches of one: eager, nothing recomputed."""
+        for unet in {net.base for net in run.nets.values()}:
+            if run.args.gradient_checkpointing:
+                unet.disable_gradient_checkpointing()
+            if run.args.enable_xformers_memory_efficient_attention:
+                unet.disable_xformers_memory_efficient_attention()
+        self.totals.clear()
+        with flop_counter() as self.counter, torch.compiler.set_stance("force_eager"):
+            self.is_on = True
+            train_step(run)
+            total = self.counter.get_total_flops()
+        self.counter, images = None, run.args.gradient_accumulation_steps
+        return {**{name: self.totals[name] / images for name in NETWORKS}, "all": total / images}
 
 
 class Probe:
@@ -182,7 +196,8 @@ class Probe:
         seconds = {name: stages.totals[name] / steps for name in (*NETWORKS, *OVERHEAD)}
         seconds["rest"] = total / steps - sum(seconds.values())
         unused = {"logging", *(("text", "VAE") if options.encoded else ())}
-        unused |= set() if "teacher" in run.nets else {"teacher", "EMA"}  # consistency training
+        is_used = {"teacher": stages.has_teacher, "EMA": run.args.ema_decay}
+        unused |= {name for name in is_used if not is_used[name]}
         if missing := [name for name, value in seconds.items() if value == 0 and name not in unused]:
             raise SystemExit(f"error: {', '.join(missing)} took no time: the script no longer calls what "
                              "throughput.py hooks for it")  # fmt: skip
@@ -190,7 +205,7 @@ class Probe:
         result |= {"profiled_s_per_step": total / steps, "stages_s": seconds,
                    "shares": {name: value * steps / total for name, value in seconds.items()}}  # fmt: skip
         result["overhead_share"] = sum(result["shares"][name] for name in OVERHEAD)
-        nets = {"student": run.nets["student"].unet, "text encoder": run.models.text_encoder, "VAE": run.models.vae}
+        nets = {"student": run.nets["student"].unet, "text encoder": run.models.text_encoders, "VAE": run.models.vae}
         result["parameters_m"] = {k: sum(p.numel() for p in net.parameters()) / 1e6 for k, net in nets.items()}
         precision = run.args.mixed_precision
         if is_cuda:
@@ -199,25 +214,9 @@ class Probe:
             result[f"matmul_flops_{name}"] = matmul_rate(stages.device, DTYPES[name], stages.clock)
         if options.compare_baseline:
             result["baseline"] = compare_baseline(train_step, run, options.pairs, stages)
-        result["flops_per_image"] = self.count_flops(train_step, run)
+        result["flops_per_image"] = stages.count_flops(train_step, run)
         result |= derive(result, precision)
         raise Finished
-
-    def count_flops(self, train_step, run):
-        """FLOPs of one image by stage, counted in a real step of the script: eager, nothing recomputed."""
-        for unet in {net.unet for net in run.nets.values()}:
-            if run.args.gradient_checkpointing:
-                unet.disable_gradient_checkpointing()
-            if run.args.enable_xformers_memory_efficient_attention:
-                unet.disable_xformers_memory_efficient_attention()
-        stages = self.stages
-        stages.totals.clear()
-        with flop_counter() as stages.counter, torch.compiler.set_stance("force_eager"):
-            stages.is_on, stages.images = True, 0
-            train_step(run)
-            total = stages.counter.get_total_flops()
-        counted = {name: stages.totals[name] / stages.images for name in NETWORKS}
-        return {**counted, "all": total / stages.images}
 
 
 def derive(result, precision):

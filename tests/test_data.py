@@ -22,26 +22,32 @@ import psutil
 import pytest
 import torch
 from conftest import (
+    LCM,
+    LCM_LORA,
+    LCM_XL,
+    QUICK_VALIDATION,
     ROOT,
-    SCRIPT,
-    SCRIPTS,
-    get_script,
+    assert_same_end,
+    differences,
+    ends_with,
     image_bytes,
     load_script,
     over,
+    read_checkpoint,
+    read_losses,
     read_metrics,
     run_main,
+    run_two,
     tiny_args,
     write_shard,
 )
 from PIL import Image, ImageOps
 from safetensors.torch import load, load_file, save
 from test_stream import Fleet, Payload
-from test_train import QUICK_VALIDATION, assert_same_end, differences, read_checkpoint, read_losses, run_two
 
 # the machine of a test may have fewer cores than there are loader workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:.*deprecated")
-FIRST, SDXL = SCRIPT.stem, "train_lcm_distill_lora_sdxl_wds"
+FAMILIES = [LCM, LCM_XL]
 SIZES = {(54, 30): (20, 12), (40, 33): (16, 16), (30, 54): (12, 20)}  # of pictures, and their buckets
 COUNT = 23
 BUCKETS = ("--aspect_ratio_buckets", "--bucket_step", "4", "--image_format", "png")
@@ -60,8 +66,8 @@ PACKS = {  # flags of the tool
 
 @pytest.fixture(scope="session")
 def find_teacher(make_teacher):
-    """find_teacher(name): the tiny teacher of the script of that name."""
-    return lambda name: make_teacher(SCRIPTS[name].pipeline)
+    """find_teacher(case): its tiny teacher."""
+    return lambda case=LCM: make_teacher(case.pipeline)
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +89,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pack(tool, photos, find_teacher, tmp_path_factory):
-    """pack(name, script): the folder of shards that PACKS describes, for this script's teacher, made once."""
+    """pack(name, case): the folder of shards that PACKS describes, for the case's teacher, made once."""
 
     @functools.cache
     def make(name, teacher):
@@ -93,8 +99,8 @@ def pack(tool, photos, find_teacher, tmp_path_factory):
                         *flags])  # fmt: skip
         return folder
 
-    def find(name, script=FIRST):
-        return make(name, find_teacher(script) if "TEACHER" in PACKS[name] else None)
+    def find(name, case=LCM):
+        return make(name, find_teacher(case) if "TEACHER" in PACKS[name] else None)
 
     return find
 
@@ -125,7 +131,7 @@ def write_samples(folder, samples, counts):
 
 @pytest.fixture(scope="session")
 def mix(pack, tmp_path_factory):
-    """mix(name, script): such a folder of shards, packed again so that each of them holds all sizes."""
+    """mix(name, case): such a folder of shards, packed again so that each of them holds all sizes."""
 
     @functools.cache
     def make(source):
@@ -217,69 +223,50 @@ FLAGS = [pytest.param((*FLIP, *EMPTY), id="mirrored, empty prompts")]
 MORE_FLAGS = [pytest.param((), id="as they are"), pytest.param(FLIP, id="mirrored"), pytest.param(EMPTY, id="empty")]
 
 
-@over(SCRIPTS, "flags", {**dict.fromkeys(SCRIPTS, FLAGS), FIRST: FLAGS + MORE_FLAGS})
+@over(FAMILIES, "flags", {LCM: FLAGS + MORE_FLAGS, LCM_XL: FLAGS})
 def test_losses_on_encoded_shards_are_those_on_plain_ones(script, case, begin, pack, flags):
-    """In float32, to a relative 1e-4: the tool and the scripts encode in batches of other sizes."""
+    """In float32, to a relative 1e-3: the tool and the scripts encode in batches of other sizes."""
     losses, captions = {}, {}
     for name in ("plain", "squares"):
-        run = begin(pack(name, case.name), "--center_crop", *flags)
+        run = begin(pack(name, case), "--center_crop", *flags)
         batches = watch_batches(run)
         losses[name], captions[name] = take_steps(script, run), [batch["captions"] for batch in batches]
         assert run.args.encoded_shards == (name == "squares")
         assert all(("mean" in batch) == (name == "squares") for batch in batches)
     assert captions["plain"] == captions["squares"] and ("" in sum(captions["plain"], [])) == (EMPTY[0] in flags)
-    assert losses["squares"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["squares"] == pytest.approx(losses["plain"], rel=1e-3)
     assert len(set(losses["plain"])) == 3
 
 
-@over([FIRST, SDXL])
+@over(FAMILIES)
 def test_losses_on_half_precision_shards_differ_little(script, case, begin, pack):
     """Latents, embeddings and the empty prompt in float16: a relative 1e-2."""
-    found = {name: take_steps(script, begin(pack(name, case.name), "--center_crop", *EMPTY))
+    found = {name: take_steps(script, begin(pack(name, case), "--center_crop", *EMPTY))
              for name in ("plain", "half")}  # fmt: skip
     assert found["half"] == pytest.approx(found["plain"], rel=1e-2) and found["half"] != found["plain"]
 
 
-@over([FIRST])
-def test_losses_of_the_demo_on_encoded_shards_are_those_on_plain_ones(script, tool, tmp_path, start):
-    with tarfile.open(ROOT / "demo" / "shards" / "train-00000.tar") as shard:
-        members = [(member.name, shard.extractfile(member).read()) for member in shard.getmembers()[: 2 * 8]]
-    source, teacher = write_shard(tmp_path / "emoji.tar", members), ROOT / "demo" / "teacher"
-    losses, captions = {}, {}
-    for name, flags in {"plain": (), "encoded": ("--encode", teacher, "--center_crop", *ENCODE[-2:])}.items():
-        run_main(tool, ["--train_shards_path_or_url", source, "--output_dir", tmp_path / name,
-                        "--resolution", 64, *flags])  # fmt: skip
-        captions[name] = [json.loads(sample["json"])["captions"] for sample in read_samples(tmp_path / name)]
-        run = start("--train_shards_path_or_url", pattern(tmp_path / name), "--resolution", "64", "--center_crop",
-                    teacher=str(teacher))  # fmt: skip
-        losses[name] = take_steps(script, run)
-    assert captions["plain"] == captions["encoded"] and len(captions["plain"]) == 8
-    assert losses["encoded"] == pytest.approx(losses["plain"], rel=1e-4) and len(set(losses["plain"])) == 3
-
-
-@over([FIRST, SDXL])
+@over(FAMILIES)
 @pytest.mark.parametrize("flags", [(), FLIP], ids=["as they are", "mirrored"])
 def test_kept_pictures_of_encoded_buckets_train_as_their_latents_do(script, case, begin, mix, flags):
-    found = {flag: take_steps(script, begin(mix("encoded buckets", case.name), flag, *flags))
+    found = {flag: take_steps(script, begin(mix("encoded buckets", case), flag, *flags))
              for flag in ("--encoded_shards", "--no-encoded_shards")}  # fmt: skip
-    assert found["--no-encoded_shards"] == pytest.approx(found["--encoded_shards"], rel=1e-4)
+    assert found["--no-encoded_shards"] == pytest.approx(found["--encoded_shards"], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------ captions, empty prompts
 
 
-@over([FIRST, SDXL])
+@over(FAMILIES)
 def test_the_embedding_is_that_of_the_caption_that_was_picked(script, case, begin, mix):
-    run, picked = begin(mix("encoded buckets", case.name)), Counter()
+    run, picked = begin(mix("encoded buckets", case)), Counter()
     for _ in range(20):
         batch = run.reader.next_batch()
-        found = script.encode_prompts(run.models, batch["captions"])
-        text, pooled = found if case.is_sdxl else (found, None)
-        torch.testing.assert_close(batch["text"], text, rtol=1e-4, atol=1e-5)
-        assert ("pooled" in batch) == case.is_sdxl and not batch["is_empty"].any()
-        if case.is_sdxl:
-            torch.testing.assert_close(batch["pooled"], pooled, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(text[0], text[1])
+        c = script.encode_prompts(run.models, batch["captions"])
+        assert c.keys() == {"text", *["pooled"] * case.is_sdxl} and not batch["is_empty"].any()
+        for name, value in c.items():
+            torch.testing.assert_close(batch[name], value, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(c["text"][0], c["text"][1])
         picked.update(caption.split()[1] for caption in batch["captions"])
     assert picked.keys() == {"a", "b", "c", "fox"}
 
@@ -287,11 +274,11 @@ def test_the_embedding_is_that_of_the_caption_that_was_picked(script, case, begi
 @pytest.fixture
 def own_copy(case, pack, tmp_path):
     """own_copy(name): a copy of these shards, to be changed."""
-    return lambda name: shutil.copytree(pack(name, case.name), tmp_path / "copy")
+    return lambda name: shutil.copytree(pack(name, case), tmp_path / "copy")
 
 
-@over([FIRST, SDXL])
-def test_dropped_captions_take_the_stored_embedding_of_the_empty_prompt(script, case, begin, own_copy):
+@over(FAMILIES)
+def test_dropped_captions_take_the_stored_embedding_of_the_empty_prompt(script, begin, own_copy):
     path = (folder := own_copy("squares")) / "empty.safetensors"
     stored = {name: value * 1.05 for name, value in load_file(path).items()}
     path.write_bytes(save(stored))
@@ -304,40 +291,41 @@ def test_dropped_captions_take_the_stored_embedding_of_the_empty_prompt(script, 
     assert torch.equal(x_0, (batch["mean"] + batch["std"] * noise) * run.models.vae.config.scaling_factor)
     drops = [not caption for caption in batch["captions"]]
     assert batch["is_empty"].tolist() == drops and 0 < sum(drops) < 8
-    for name, value in zip(("text", "pooled"), c if case.is_sdxl else [c], strict=False):
-        for row, own, is_dropped in zip(value, batch[name], drops, strict=True):
+    for name in stored:
+        for row, own, is_dropped in zip(c[name], batch[name], drops, strict=True):
             assert torch.equal(row, stored[name][0] if is_dropped else own)
 
 
-@over([FIRST, SDXL])
-@pytest.mark.parametrize("name", ["text", "pooled", "latents"])
-@pytest.mark.parametrize("change", [lambda value: value * 1.2, lambda value: value[..., :-1].contiguous()],
-                         ids=["values", "width"])  # fmt: skip
-def test_shards_of_another_model_end_the_run(begin, own_copy, name, change):
+@over(FAMILIES)
+def test_an_empty_prompt_that_is_damaged_or_of_another_model_ends_the_run(case, script, begin, own_copy):
     path = (folder := own_copy("squares")) / "empty.safetensors"
-    tensors = load_file(path)
-    if name not in tensors:
-        return  # SD has no pooled embedding
-    path.write_bytes(save({**tensors, name: change(tensors[name])}))
-    what = {"latents": "VAE's"}.get(name, f"teacher's {name}")
-    with pytest.raises(SystemExit, match=f"^error: .*empty.safetensors does not hold this {what} encoding"):
-        begin(folder, "--center_crop")
+    whole, run = path.read_bytes(), begin(folder, "--center_crop")
+    tensors = load(whole)
+    assert tensors.keys() == {"text", "latents", *["pooled"] * case.is_sdxl}
+    bad = {whole[:60]: "is damaged", save({"other": torch.zeros(1)}): "encoding"}
+    for name, value in tensors.items():
+        what = "VAE's" if name == "latents" else f"teacher's {name}"
+        for changed in (value * 1.2, value[..., :-1].contiguous(), value * NAN):
+            bad[save({**tensors, name: changed})] = f"does not hold this {what} encoding"
+    for data, message in bad.items():
+        path.write_bytes(data)
+        with ends_with(f"empty.safetensors .*{message}"):
+            script.find_empty(run.models, urls_of(folder))
 
 
-@over([FIRST])
-def test_shards_of_another_vae_of_the_same_name_end_the_run(begin, pack, case, teacher, tmp_path):
-    other = tmp_path / "elsewhere" / Path(teacher).name
-    shutil.copytree(teacher, other)
-    weights = next((other / "vae").glob("*.safetensors"))
+def test_a_teacher_that_was_moved_is_fine_but_not_one_of_the_same_name(start, pack, teacher, tmp_path):
+    moved = shutil.copytree(teacher, tmp_path / "elsewhere" / Path(teacher).name)
+    flags = ("--train_shards_path_or_url", pattern(pack("squares")), "--center_crop")
+    start(*flags, teacher=moved)
+    weights = next((moved / "vae").glob("*.safetensors"))
     weights.write_bytes(save({name: value * 1.5 for name, value in load_file(weights).items()}))
-    begin(pack("squares", case.name), "--center_crop")
-    with pytest.raises(SystemExit, match="does not hold this VAE's encoding"):
-        begin(pack("squares", case.name), "--center_crop", "--pretrained_teacher_model", str(other))
+    with ends_with("does not hold this VAE's encoding"):
+        start(*flags, teacher=moved)
 
 
-@over([FIRST, SDXL])
+@over(FAMILIES)
 @pytest.mark.parametrize("is_pipe", [False, True], ids=["removed", "pipe"])
-def test_without_a_stored_one_the_text_encoder_gives_the_empty_prompt(script, case, start, own_copy, is_pipe):
+def test_without_a_stored_one_the_text_encoder_gives_the_empty_prompt(script, start, own_copy, is_pipe):
     folder = own_copy("squares")
     if not is_pipe:
         (folder / "empty.safetensors").unlink()
@@ -345,8 +333,8 @@ def test_without_a_stored_one_the_text_encoder_gives_the_empty_prompt(script, ca
     run = start("--train_shards_path_or_url", url, "--center_crop", "--proportion_empty_prompts", "1")
     computed = script.encode_prompts(run.models, [""])
     _, c = script.encode_batch(run, run.reader.next_batch(), torch.Generator().manual_seed(0))
-    for found, value in zip(c, computed, strict=False) if case.is_sdxl else [(c, computed)]:
-        assert torch.equal(found, value.expand_as(found))
+    for name, value in computed.items():
+        assert torch.equal(c[name], value.expand_as(c[name]))
 
 
 def test_captions_that_are_empty_in_the_shards_take_the_stored_embedding(lcm, pack):
@@ -378,55 +366,33 @@ MISMATCHES = {  # flag to add, or None for one to leave out → what the error s
 }
 
 
-@over(SCRIPTS, "name", list(MISMATCHES))
+@pytest.mark.parametrize("name", list(MISMATCHES))
 def test_another_fingerprint_ends_the_run_with_the_flag_and_both_values(script, case, teacher, pack, name):
     more, message = MISMATCHES[name]
-    urls = urls_of(pack("half", case.name))
+    urls = urls_of(pack("half", case))
     args = parse(script, teacher, *(["--center_crop", *more] if more else []))
     with pytest.raises(SystemExit) as error:
-        script.check_shards(urls, args)
+        script.check_shards(urls, args, {})
     text = str(error.value)
     assert text.startswith(f"error: the first shard {urls[0]} holds no usable sample: 4 × other encoding")
     assert f"made with {message}: give that or re-encode" in text and "\n" not in text
 
 
-@over(SCRIPTS)
 def test_a_moved_teacher_and_mirrored_latents_that_are_not_asked_for_are_fine(script, case, teacher, pack, tmp_path):
-    squares = urls_of(pack("squares", case.name))  # with mirrored latents
+    squares = urls_of(pack("squares", case))  # with mirrored latents
     for path in (teacher, f"{teacher}/", tmp_path / "pipeline", "me/pipeline"):
-        assert script.check_shards(squares, parse(script, str(path), "--center_crop")) is True
-    assert script.check_shards(urls_of(pack("plain")), parse(script, teacher)) is False
+        assert script.check_shards(squares, parse(script, str(path), "--center_crop"), {})[0] is True
+    assert script.check_shards(urls_of(pack("plain")), parse(script, teacher), {})[0] is False
 
 
-def test_a_teacher_that_was_moved_is_trained(begin_moved, lcm):
-    assert all(0 < loss < 100 for loss in take_steps(lcm, begin_moved, 2))
-
-
-@pytest.fixture
-def begin_moved(lcm, find_teacher, pack, tmp_path):
-    moved = shutil.copytree(find_teacher(FIRST), tmp_path / "elsewhere" / "pipeline")
-    return begin_run(lcm, moved, pack("squares"), tmp_path / "run", "--center_crop")
-
-
-def begin_run(script, teacher, folder, output, *more):
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    output.mkdir(exist_ok=True)
-    args = script.parse_args(tiny_args(str(teacher), pattern(folder), output, *SCRIPTS[FIRST].flags, *more))
-    return script.start_run(args, script.make_accelerator(args))
-
-
-@over(SCRIPTS)
 def test_pictures_cropped_for_another_resolution_end_the_run(script, teacher, mix):
     with pytest.raises(SystemExit) as error:
-        script.check_shards(urls_of(mix("buckets")), parse(script, teacher, "--resolution", 32))
+        script.check_shards(urls_of(mix("buckets")), parse(script, teacher, "--resolution", 32), {})
     text = str(error.value)
     assert "7 × other resolution (cropped to " in text and "--resolution is 32" in text and "\n" not in text
     assert any(f"cropped to {width}x{height}," in text for width, height in SIZES.values())
     with pytest.raises(SystemExit, match="other resolution .*--resolution is 8"):
-        script.check_shards(urls_of(mix("buckets")), parse(script, teacher, "--resolution", 8))
+        script.check_shards(urls_of(mix("buckets")), parse(script, teacher, "--resolution", 8), {})
 
 
 @pytest.mark.parametrize(("resolution", "step"), [(32, 8), (64, 16), (128, 64), (192, 64), (512, 64), (1024, 64),
@@ -512,83 +478,55 @@ SPOILED = {  # what becomes of a good sample's bytes → for which reasons it ma
 
 @pytest.fixture(scope="session")
 def good(pack):
-    """good(script): a sample of encoded squares, with one caption."""
-    return lambda script=FIRST: next(sample for sample in read_samples(pack("squares", script)) if "txt" in sample)
+    """good(case): a sample of encoded squares, with one caption."""
+    return lambda case=LCM: next(sample for sample in read_samples(pack("squares", case)) if "txt" in sample)
 
 
-def outcome(script, url, args, shapes):
-    """Captions of a shard's usable samples, and the others by reason."""
-    captions, reasons = [], Counter()
-    for sample in script.read_shard(str(url), 10):
-        try:
-            found = script.check_shapes(script.decode_sample(sample, args, random.Random(0)), shapes)
-            captions.append(found["captions"])
-        except script.BadSample as bad:
-            reasons[bad.args[0]] += 1
-    return captions, reasons
+POOLED = {  # of SDXL's samples
+    "another width": (lambda value: value[:, :-1], OTHER),
+    "more dimensions": (lambda value: value[..., None], OTHER),
+    "none": (lambda _: None, OTHER),
+    "no captions": (lambda value: value[:0], BROKEN),
+    "NaN": (lambda value: value * NAN, BROKEN),
+}
 
 
-@pytest.mark.parametrize("name", SPOILED)
-def test_a_bad_encoded_sample_is_skipped_by_its_reason(lcm, find_teacher, good, tmp_path, name):
-    change, reasons = SPOILED[name]
-    sample = good()
-    samples = [sample, {**sample, "safetensors": change(sample["safetensors"])}]
-    folder = write_samples(tmp_path / "shards", samples, [2])
-    args = parse(lcm, find_teacher(FIRST), "--center_crop", "--train_batch_size", 1)
-    args.encoded_shards = True
-    stream = lcm.ShardStream(urls_of(folder), args, shapes={"mean": (4, 0, 0), "text": (16, 16)})
-    reader = lcm.BatchReader(stream, torch.device("cpu"))
-    found = [reader.next_batch()["captions"][0].split()[0] for _ in range(4)]  # of four epochs
-    assert set(found) == {number_of(sample)} and len(reader.skipped) == 1 and reader.skipped.keys() <= reasons
-    assert 3 <= reader.skipped.total() <= 4
+def spoil(sample, is_sdxl):
+    """Copies of a sample that are spoiled in every way: {kind: (sample, reasons)}."""
+    ways = dict(SPOILED)
+    for kind, (change, reasons) in POOLED.items() if is_sdxl else ():
+        replace = functools.partial(altered, change=lambda found, change=change: {"pooled": change(found["pooled"])})
+        ways[f"pooled: {kind}"] = replace, reasons
+    return {kind: ({**sample, "safetensors": change(sample["safetensors"])}, reasons)
+            for kind, (change, reasons) in ways.items()}  # fmt: skip
 
 
-@over(SCRIPTS)
-def test_bad_encoded_samples_are_counted_and_do_not_end_a_run(script, case, begin, good, tmp_path, pack):
-    sample, plain = good(case.name), read_samples(pack("plain"))[0]
-    spoiled = [{**sample, "safetensors": change(sample["safetensors"])} for change, _ in SPOILED.values()]
-    folder = write_samples(tmp_path / "shards", [sample, *spoiled, plain, sample], [len(spoiled) + 3])
-    run = begin(folder, "--center_crop", "--train_batch_size", "1")
-    shapes = {"mean": (4, 0, 0), "text": (16, 32), "pooled": (24,)} if case.is_sdxl else {
-        "mean": (4, 0, 0), "text": (16, 16)}  # fmt: skip
+@over(FAMILIES)
+def test_bad_encoded_samples_are_skipped_by_their_reasons_and_do_not_end_a_run(
+    script, case, begin, good, tmp_path, pack
+):
+    sample, plain, spoiled = good(case), read_samples(pack("plain"))[0], spoil(good(case), case.is_sdxl)
+    samples = [sample, *(bad for bad, _ in spoiled.values()), plain, sample]
+    run = begin(write_samples(tmp_path / "shards", samples, [len(samples)]), "--center_crop", "--train_batch_size", "1")
+    shapes = {"mean": (4, 0, 0), "text": (16, 16)}
+    if case.is_sdxl:
+        shapes = {"mean": (4, 0, 0), "text": (16, 32), "pooled": (24,), "time_ids": (6,)}
     assert run.reader.stream.shapes == shapes  # 0: any
-    captions, reasons = outcome(script, urls_of(folder)[0], run.args, run.reader.stream.shapes)
-    expected = Counter(reason for _, reasons in SPOILED.values() for reason in reasons) + Counter(["no image"])
-    assert reasons == expected and {text.split()[0] for text in captions} == {number_of(sample)}
+    for kind, (bad, reasons) in spoiled.items():
+        with pytest.raises(script.BadSample) as error:
+            found = script.decode_sample({"__key__": "0", **bad}, run.args, random.Random(0))
+            script.check_shapes(found, shapes)
+        assert error.value.args[0] in reasons, kind
+    expected = Counter(reason for _, reasons in spoiled.values() for reason in reasons) + Counter(["no image"])
+    batches = watch_batches(run)
     losses = take_steps(script, run, 5)  # two epochs and a half
+    assert {name for batch in batches for name in names_of(batch)} == {number_of(sample)}
     assert all(0 < loss < 1000 for loss in losses) and run.reader.skipped.keys() == expected.keys()
     counts = script.reduce_skipped(run)
     assert counts.keys() == expected.keys() and 2 * expected.total() <= sum(counts.values()) <= 3 * expected.total()
 
 
-@over([SDXL])
-@pytest.mark.parametrize("change, reason", [
-    pytest.param(lambda value: value[:, :-1], "other encoding", id="another width"),
-    pytest.param(lambda value: value[..., None], "other encoding", id="more dimensions"),
-    pytest.param(lambda _: None, "other encoding", id="none"),
-    pytest.param(lambda value: value[:0], "broken encoding", id="no captions"),
-    pytest.param(lambda value: value * NAN, "broken encoding", id="NaN"),
-])  # fmt: skip
-def test_a_bad_pooled_embedding_is_skipped(script, begin, good, tmp_path, change, reason):
-    sample = good(SDXL)
-    bad = altered(sample["safetensors"], lambda found: {"pooled": change(found["pooled"])})
-    folder = write_samples(tmp_path / "shards", [sample, {**sample, "safetensors": bad}], [2])
-    run = begin(folder, "--center_crop", "--train_batch_size", "1")
-    captions, reasons = outcome(script, urls_of(folder)[0], run.args, run.reader.stream.shapes)
-    assert len(captions) == 1 and reasons == {reason: 1}
-    assert all(0 < loss < 1000 for loss in take_steps(script, run, 2))
-
-
-def test_nothing_is_unpickled(lcm, begin_hostile):
-    run, mark = begin_hostile
-    losses = take_steps(lcm, run, 4)
-    assert all(0 < loss < 1000 for loss in losses) and run.reader.skipped["broken encoding"] >= 1
-    assert not mark.exists()
-
-
-@pytest.fixture
-def begin_hostile(lcm, find_teacher, good, tmp_path):
-    """A run over samples with pickles that would create a file, and that file's path."""
+def test_nothing_is_unpickled(script, begin, good, tmp_path):
     mark, sample = tmp_path / "mark", good()
     bait = pickle.dumps(Payload(mark))
     pickle.loads(bait)
@@ -599,21 +537,10 @@ def begin_hostile(lcm, find_teacher, good, tmp_path):
     kinds = ("pkl", "pickle", "pth", "pt", "ckpt", "bin", "npy", "pyd")
     hostile = [{**sample, **{kind: bait for kind in kinds}}, {**sample, "safetensors": bait},
                {**sample, "safetensors": archive.read_bytes()}]  # fmt: skip
-    folder = write_samples(tmp_path / "shards", hostile, [3])
-    return begin_run(lcm, find_teacher(FIRST), folder, tmp_path / "run", "--center_crop"), mark
-
-
-@pytest.mark.parametrize("change", [
-    pytest.param(lambda data: data[:60], id="cut short"),
-    pytest.param(lambda _: save({"other": torch.zeros(1)}), id="without text"),
-    pytest.param(lambda data: save({k: v * NAN for k, v in load(data).items()}), id="NaN"),
-])  # fmt: skip
-@over([FIRST, SDXL])
-def test_a_damaged_embedding_of_the_empty_prompt_is_an_error(begin, own_copy, change):
-    path = (folder := own_copy("squares")) / "empty.safetensors"
-    path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(SystemExit, match="^error: .*empty.safetensors"):
-        begin(folder, "--center_crop")
+    run = begin(write_samples(tmp_path / "shards", hostile, [3]), "--center_crop")
+    losses = take_steps(script, run, 4)
+    assert all(0 < loss < 1000 for loss in losses) and run.reader.skipped["broken encoding"] >= 1
+    assert not mark.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- buckets
@@ -635,7 +562,7 @@ def fleet(lcm, find_teacher):
     made = []
 
     def make(folder, world=1, workers=0, *flags, state=None):
-        flags = ("--pretrained_teacher_model", find_teacher(FIRST), *flags)
+        flags = ("--pretrained_teacher_model", find_teacher(), *flags)
         made.append(Fleet(lcm, urls_of(folder), world, workers, *flags, state=state))
         return made[-1]
 
@@ -770,14 +697,6 @@ def test_resume_gives_the_very_batches_whatever_is_held(fleet, folder, world, wo
             assert resumed.state() == states[position + 3]
 
 
-def test_resume_again_and_again_is_exact(fleet, folder):
-    straight, state = fleet(folder, 1, 0, *ODD), None
-    for _ in range(20):
-        resumed = fleet(folder, 1, 0, *ODD, state=state)
-        assert_same(resumed.step(), straight.step())
-        state = resumed.state()
-
-
 CHANGES = [
     [(1, 0, 3), (2, 0, 3), (1, 0, 3)],  # (processes, loader workers, batch size) one after the other
     [(2, 0, 3), (1, 0, 2), (3, 0, 4)],
@@ -792,12 +711,9 @@ WORKERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "folder, changes",
-    [*itertools.product((UNMIXED, MIXED), CHANGES), *((MIXED, changes) for changes in WORKERS)],
-    indirect=["folder"],
-    ids=str,
-)
+@pytest.mark.parametrize("folder, changes", [*((MIXED, changes) for changes in (*CHANGES, *WORKERS)),
+                                             *((UNMIXED, changes) for changes in CHANGES[1:3])],
+                         indirect=["folder"], ids=str)  # fmt: skip
 def test_resume_with_other_workers_or_batches_repeats_and_loses_no_sample(lcm, fleet, folder, changes):
     positions = [(2, 2), (5, 1)] if any(workers for _, workers, _ in changes) else [(1, 3), (2, 2), (4, 1), (7, 0)]
     for steps in positions:
@@ -886,35 +802,27 @@ def watch_sizes(script, monkeypatch):
     return sizes
 
 
-RUNS = {name: [pytest.param("encoded buckets", (), id="encoded buckets")] for name in SCRIPTS}
-RUNS[SDXL] = RUNS[SDXL] + [pytest.param("buckets", ("--random_flip",), id="buckets")]
-RUNS[FIRST] = RUNS[SDXL] + [
+RUNS = [
+    pytest.param("buckets", FLIP, id="buckets"),
     pytest.param("encoded buckets", ("--dataloader_num_workers", "2", *FLIP, *EMPTY), id="encoded, two workers"),
-    pytest.param("buckets", ("--gradient_accumulation_steps", "2", "--mixed_precision", "bf16"), id="accumulation"),
 ]
+ACCUMULATED = pytest.param("buckets", ("--gradient_accumulation_steps", "2", "--mixed_precision", "bf16"), id="bf16")
 
 
-@over(SCRIPTS, "kind, flags", RUNS)
-def test_a_stopped_run_ends_in_the_same_weights(script, case, train, resume, mix, monkeypatch, kind, flags):
-    sizes, folder = watch_sizes(script, monkeypatch), mix(kind, case.name)
+@over(FAMILIES, "kind, flags", {LCM: [*RUNS, ACCUMULATED], LCM_XL: RUNS})
+def test_a_stopped_run_ends_in_the_same_weights(script, case, train, resume, mix, monkeypatch, capfd, kind, flags):
+    sizes, folder = watch_sizes(script, monkeypatch), mix(kind, case)
     flags = ("--train_batch_size", "3", *flags)
     whole = train("whole", folder, *flags)
     state = json.loads((whole / "checkpoint-3" / "state.json").read_text())
     assert any(held for *_, held in state["stream"]["cursors"]) and len(sizes) >= 2
     assert_same_end(resume(whole, folder, *flags), whole, 6)
+    log = capfd.readouterr().err
+    assert "Resumed from " in log and "Resuming with other values" not in log
     for line in read_metrics(whole):
         assert line["skipped"] == {} and line["nonfinite_steps"] == 0 and 0 < line["loss"] < 1000
 
 
-@over([FIRST])
-def test_resume_with_the_same_flags_does_not_speak_of_other_values(train, resume, pack, capfd):
-    folder = pack("squares")
-    resume(train("whole", folder, "--center_crop"), folder, "--center_crop")
-    log = capfd.readouterr().err
-    assert "Resumed from " in log and "Resuming with other values" not in log
-
-
-@over([FIRST])
 def test_two_processes_train_on_batches_of_different_sizes(case, teacher, fleet, mix, tmp_path):
     folder, whole, parts = mix("encoded buckets"), tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     readers = fleet(folder, 2, 0)
@@ -931,11 +839,12 @@ def test_two_processes_train_on_batches_of_different_sizes(case, teacher, fleet,
 
 
 # ---------------------------------------------------------------------------------------------------- SDXL's time ids
-over_sdxl = over([SDXL])
+over_sdxl = over([LCM_XL])
 
 
 def sdxl_fleet(script, teacher, folder, *flags):
-    return Fleet(script, urls_of(folder), 1, 0, "--pretrained_teacher_model", teacher, *flags)
+    flags = ("--pretrained_teacher_model", teacher, *flags)
+    return Fleet(script, urls_of(folder), 1, 0, *flags, shapes={"time_ids": (6,)})
 
 
 @over_sdxl
@@ -943,7 +852,7 @@ def sdxl_fleet(script, teacher, folder, *flags):
 @pytest.mark.parametrize("flip", [(), FLIP], ids=["as they are", "mirrored"])
 @pytest.mark.parametrize("fix", [(), ("--use_fix_crop_and_size",)], ids=["", "fixed"])
 def test_time_ids_are_those_of_the_tool(script, teacher, mix, flag, flip, fix):
-    folder = mix("encoded buckets", SDXL)
+    folder = mix("encoded buckets", LCM_XL)
     samples, kinds = {number_of(sample): sample for sample in read_samples(folder)}, Counter()
     readers = sdxl_fleet(script, teacher, folder, flag, *flip, *fix)
     for _ in range(15):
@@ -966,17 +875,17 @@ def test_time_ids_are_those_of_the_tool(script, teacher, mix, flag, flip, fix):
 
 @over_sdxl
 def test_the_student_is_given_the_time_ids_and_pooled_embeddings_of_encoded_samples(script, begin, mix):
-    run, given = begin(mix("encoded buckets", SDXL)), {}
-    handle = run.models.unet.add_time_proj.register_forward_pre_hook(lambda _, args: given.update(ids=args[0]))
+    run, given = begin(mix("encoded buckets", LCM_XL)), {}
+    handle = run.models.student.add_time_proj.register_forward_pre_hook(lambda _, args: given.update(ids=args[0]))
     batches = watch_batches(run)
     for _ in range(3):
         take_steps(script, run, 1)
         assert torch.equal(given["ids"].reshape(-1, 6)[:2], batches[-1]["time_ids"].float())
     handle.remove()
     batch = run.reader.next_batch()
-    _, (tokens, pooled, ids) = script.encode_batch(run, batch, torch.Generator().manual_seed(0))
-    for found, name in ((tokens, "text"), (pooled, "pooled"), (ids, "time_ids")):
-        assert torch.equal(found, batch[name]), name
+    _, c = script.encode_batch(run, batch, torch.Generator().manual_seed(0))
+    for name in ("text", "pooled", "time_ids"):
+        assert torch.equal(c[name], batch[name]), name
 
 
 ODD_IDS = [
@@ -998,7 +907,7 @@ ODD_IDS = [
 @pytest.mark.parametrize("ids", ODD_IDS)
 @pytest.mark.parametrize("kind", ["encoded", "plain"])
 def test_odd_time_ids_are_counted(script, teacher, mix, tmp_path, ids, kind):
-    first, second, third = read_samples(mix("encoded buckets", SDXL))[:3]
+    first, second, third = read_samples(mix("encoded buckets", LCM_XL))[:3]
     info = {key: value for key, value in json.loads(second["json"]).items() if "time_ids" not in key}
     if ids != "missing":
         info["time_ids"] = ids
@@ -1015,34 +924,33 @@ def test_odd_time_ids_are_counted(script, teacher, mix, tmp_path, ids, kind):
 
 @over_sdxl
 def test_time_ids_are_needed_at_the_start(script, teacher, mix, tmp_path):
-    samples = read_samples(mix("encoded buckets", SDXL))[:3]
+    samples = read_samples(mix("encoded buckets", LCM_XL))[:3]
     for sample in samples:
         crop = json.loads(sample["json"])["crop"]
         sample["json"] = json.dumps({"captions": ["a"], "crop": crop}).encode()
     folder = write_samples(tmp_path / "odd", samples, [3])
     with pytest.raises(SystemExit, match="^error: the first shard .* holds no usable sample: 3 × no time_ids"):
-        script.check_shards(urls_of(folder), parse(script, teacher))
+        script.check_shards(urls_of(folder), parse(script, teacher), {"time_ids": (6,)})
 
 
 # ------------------------------------------------------------------------------------- no VAE and no text encoder
 
 
-@over(SCRIPTS)
+@over(FAMILIES)
 def test_neither_vae_nor_text_encoder_is_run_in_training(script, case, begin, mix, monkeypatch):
-    run = begin(mix("encoded buckets", case.name), *FLIP, *EMPTY)
+    run = begin(mix("encoded buckets", case), *FLIP, *EMPTY)
 
     def refuse(*_, **__):
         raise AssertionError("called in training")
 
     for name in ("encode_images", "encode_prompts", "decode_latents"):
         monkeypatch.setattr(script, name, refuse)
-    encoder = run.models.text_encoder
-    for model in [run.models.vae.encoder, *(encoder if isinstance(encoder, torch.nn.ModuleList) else [encoder])]:
+    for model in [run.models.vae.encoder, *run.models.text_encoders]:
         monkeypatch.setattr(model, "forward", refuse)
     assert all(0 < loss < 1000 for loss in take_steps(script, run, 3))
 
 
-@over(SCRIPTS)
+@over(FAMILIES)
 @pytest.mark.parametrize("is_encoded", [True, False], ids=["encoded", "plain"])
 def test_vae_and_text_encoder_stay_on_the_cpu_with_encoded_shards(script, teacher, monkeypatch, is_encoded):
     """A CPU has two names, of which the training has the longer."""
@@ -1059,7 +967,7 @@ def test_vae_and_text_encoder_stay_on_the_cpu_with_encoded_shards(script, teache
     accelerator = SimpleNamespace(device=torch.device("cpu:0"), mixed_precision="no")
     models = script.load_models(args, script.check_teacher(args), accelerator)
     home = {"cpu"} if is_encoded else {"cpu:0"}
-    assert moves["AutoencoderKL"] == moves[type(models.text_encoder).__name__] == home
+    assert moves["AutoencoderKL"] == moves[type(models.text_encoders).__name__] == home
     assert moves["UNet2DConditionModel"] == {"cpu:0"}
 
 
@@ -1085,11 +993,11 @@ def test_a_model_is_lent_to_the_device_and_comes_back(script):
     assert model.moves == ["meta", "cpu"] * 2
 
 
-@over([FIRST, SDXL, "train_ct"])
+@over(FAMILIES)
 def test_validation_draws_the_same_pictures_as_with_plain_shards(script, case, begin, pack):
     found = {}
     for name in ("plain", "squares"):
-        run = begin(pack(name, case.name), "--center_crop", *QUICK_VALIDATION)
+        run = begin(pack(name, case), "--center_crop", *QUICK_VALIDATION)
         script.validate(run)
         output = Path(run.args.output_dir)
         pictures = {path.name: path.read_bytes() for path in (output / "validation").iterdir()}
@@ -1101,47 +1009,34 @@ def test_validation_draws_the_same_pictures_as_with_plain_shards(script, case, b
 # ------------------------------------------------------------------------------------------ flags, counts and errors
 
 
-@over(SCRIPTS)
 def test_encoded_samples_are_counted(script, case, pack, tmp_path):
     args = SimpleNamespace(encoded_shards=True)
     for name in ("squares", "encoded buckets"):  # without pictures and with them
-        assert script.count_samples(urls_of(pack(name, case.name)), args) == COUNT
-    samples = read_samples(pack("encoded buckets", case.name))
+        assert script.count_samples(urls_of(pack(name, case)), args) == COUNT
+    samples = read_samples(pack("encoded buckets", case))
     mixture = write_samples(tmp_path / "mixture", [*samples[:5], *read_samples(pack("plain"))[:3]], [8])
     for is_encoded, count in ((True, 5), (False, 8)):
         args.encoded_shards = is_encoded
         assert script.count_samples(urls_of(mixture), args) == count
 
 
-def test_epochs_of_encoded_shards_give_the_steps(lcm, find_teacher, pack, tmp_path):
-    arguments = tiny_args(find_teacher(FIRST), pattern(pack("squares")), tmp_path / "run", "--center_crop",
-                          "--num_train_epochs", "1", "--train_batch_size", "6", *SCRIPTS[FIRST].flags)  # fmt: skip
-    del arguments[(at := arguments.index("--max_train_steps")) : at + 2]
-    run_main(lcm, arguments)
-    lines = read_metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]  # 23 samples by six
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["encoded_shards"] is True
-
-
-@over(SCRIPTS)
 def test_shards_that_are_not_as_a_flag_says_end_the_run(script, case, teacher, pack):
-    plain, squares = (urls_of(pack(name, case.name)) for name in ("plain", "squares"))
+    plain, squares = (urls_of(pack(name, case)) for name in ("plain", "squares"))
     message = r"error: the first shard .*00000.tar holds no usable sample: 4 × no image.*\(needed: {}; found: {}"
     with pytest.raises(SystemExit, match=message.format("safetensors", "json, png")) as error:
-        script.check_shards(plain, parse(script, teacher, "--encoded_shards"))
+        script.check_shards(plain, parse(script, teacher, "--encoded_shards"), {})
     assert "\n" not in str(error.value)
     with pytest.raises(SystemExit, match=message.format("jpg, jpeg, png, webp", "json, ")):
-        script.check_shards(squares, parse(script, teacher, "--center_crop", "--no-encoded_shards"))
+        script.check_shards(squares, parse(script, teacher, "--center_crop", "--no-encoded_shards"), {})
 
 
-@over(SCRIPTS)
 def test_kept_pictures_are_read_where_the_flag_says_so(script, case, teacher, mix):
-    urls = urls_of(mix("encoded buckets", case.name))
+    urls = urls_of(mix("encoded buckets", case))
     for flags, is_encoded in (((), True), (("--encoded_shards",), True), (("--no-encoded_shards",), False)):
-        assert script.check_shards(urls, parse(script, teacher, *flags)) is is_encoded
+        assert script.check_shards(urls, parse(script, teacher, *flags), {}) == (is_encoded, True)
     # and then neither fingerprint nor tensors count
     other = ("--pretrained_teacher_model", "me/another", "--center_crop", "--no-encoded_shards")
-    assert script.check_shards(urls, parse(script, teacher, *other)) is False
+    assert script.check_shards(urls, parse(script, teacher, *other), {}) == (False, True)
 
 
 def test_filters_reject_encoded_samples_too(fleet, mix):
@@ -1169,7 +1064,7 @@ def make_one(script, teacher, name, *flags):
     return script.make_optimizer(args, [torch.nn.Parameter(torch.ones(3, 4))], 1)
 
 
-@over(SCRIPTS, "name", list(CLASSES))
+@pytest.mark.parametrize("name", list(CLASSES))
 def test_the_optimizer_is_of_the_class_that_the_flag_names(script, teacher, name):
     package, kind = CLASSES[name]
     wanted = getattr(pytest.importorskip(package), kind)
@@ -1184,13 +1079,13 @@ def test_the_optimizer_is_of_the_class_that_the_flag_names(script, teacher, name
                                                   ).__name__ == "AdamW8bit"  # fmt: skip
 
 
-@over([FIRST], "name", list(CLASSES))
+@pytest.mark.parametrize("name", ["lion8bit", "adafactor", "prodigy"])  # the others: test_train.py
 def test_training_with_it_moves_the_weights_and_resumes_to_the_bit(case, train, resume, pack, name):
     pytest.importorskip(CLASSES[name][0])
     rate = "1" if name == "prodigy" else "1e-3"
     flags = ("--optimizer", name, "--learning_rate", rate, "--center_crop")
-    whole = train("whole", pack("squares", case.name), *flags)
-    assert_same_end(resume(whole, pack("squares", case.name), *flags), whole, 6)
+    whole = train("whole", pack("squares", case), *flags)
+    assert_same_end(resume(whole, pack("squares", case), *flags), whole, 6)
     third, last = (read_checkpoint(whole / f"checkpoint-{step}") for step in (3, 6))
     moved = [key for key in differences(*({k: v for k, v in state.items() if k.startswith("/student/")}
                                           for state in (third, last)))]  # fmt: skip
@@ -1199,7 +1094,7 @@ def test_training_with_it_moves_the_weights_and_resumes_to_the_bit(case, train, 
     assert state and all(value.isfinite().all() for value in state)
 
 
-@over([FIRST], "name", list(CLASSES))
+@pytest.mark.parametrize("name", list(CLASSES))
 def test_it_lowers_a_simple_loss(script, teacher, name):
     pytest.importorskip(CLASSES[name][0])
     args = parse(script, teacher, "--optimizer", name, "--learning_rate", 1 if name == "prodigy" else 0.05)
@@ -1216,17 +1111,6 @@ def test_it_lowers_a_simple_loss(script, teacher, name):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@over([FIRST])
-def test_use_8bit_adam_is_the_same_as_the_optimizer_of_that_name(script, begin, pack):
-    found = []
-    for flags in (["--use_8bit_adam"], ["--optimizer", "adamw8bit"], ["--optimizer", "adamw"]):
-        run = begin(pack("squares"), "--center_crop", *flags)
-        found.append((type(run.optimizer.optimizer).__name__, take_steps(script, run)))
-    assert found[0] == found[1] and [kind for kind, _ in found] == ["AdamW8bit", "AdamW8bit", "AdamW"]
-    assert found[0][1] != found[2][1]
-
-
-@over(SCRIPTS)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_paged_optimizer_needs_a_gpu(script, teacher, tmp_path):
     args = parse(script, teacher, "--optimizer", "paged_adamw8bit", "--output_dir", tmp_path)
@@ -1234,7 +1118,7 @@ def test_a_paged_optimizer_needs_a_gpu(script, teacher, tmp_path):
         script.check_environment(args)
 
 
-@over(SCRIPTS, "name, package", [("adamw8bit", "bitsandbytes"), ("lion8bit", "bitsandbytes"),
+@pytest.mark.parametrize("name, package", [("adamw8bit", "bitsandbytes"), ("lion8bit", "bitsandbytes"),
                                  ("prodigy", "prodigyopt")])  # fmt: skip
 def test_a_package_that_is_missing_is_named(script, teacher, tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -1245,7 +1129,7 @@ def test_a_package_that_is_missing_is_named(script, teacher, tmp_path, monkeypat
     script.check_environment(parse(script, teacher, "--output_dir", tmp_path))  # adamw needs none of them
 
 
-@over(SCRIPTS, "rate, warns", [("8e-6", True), ("0.09", True), ("0.1", False), ("1", False)])
+@pytest.mark.parametrize("rate, warns", [("8e-6", True), ("0.09", True), ("0.1", False), ("1", False)])
 def test_prodigy_warns_of_a_small_learning_rate(script, teacher, caplog, rate, warns):
     pytest.importorskip("prodigyopt")
     with caplog.at_level("WARNING"):
@@ -1256,9 +1140,8 @@ def test_prodigy_warns_of_a_small_learning_rate(script, teacher, caplog, rate, w
 # ------------------------------------------------------------------------------------------------ figures of memory
 
 
-@over(SCRIPTS)
 def test_metrics_tell_free_and_used_memory(script, case, begin, pack):
-    run = begin(pack("squares", case.name), "--center_crop")
+    run = begin(pack("squares", case), "--center_crop")
     take_steps(script, run, 2)
     script.log_metrics(run, {"time": time.perf_counter() - 1, "step": 0}, SimpleNamespace(set_postfix_str=str))
     (line,) = read_metrics(run.args.output_dir)
@@ -1267,7 +1150,7 @@ def test_metrics_tell_free_and_used_memory(script, case, begin, pack):
     assert line["step"] == 2 and line["samples_per_s"] > 0
 
 
-@over(SCRIPTS)
+@over([LCM, LCM_LORA])
 def test_advice_against_a_full_memory_leaves_out_what_is_in_use(script, case, teacher):
     ema = [] if case.is_lora else ["--offload_ema"]
     batch, encode = "a smaller --train_batch_size", "shards that prepare_shards.py encoded (no VAE, no text encoder)"
@@ -1293,25 +1176,10 @@ def test_advice_against_a_full_memory_leaves_out_what_is_in_use(script, case, te
     assert savers(*flags, is_encoded=True) == ["a smaller --resolution"]
 
 
-ADVISED = [(name, ()) for name in SCRIPTS]
-ADVISED += [("train_ct", ("--ema_decay", "0.9")), ("train_cd_multiboundary", ("--ema_decay", "0"))]
-ADVISED += [(name, ("--lora_rank", "4")) for name in ("train_ct", "train_cd_multiboundary")]
-
-
-@pytest.mark.parametrize("case, flags", ADVISED, indirect=["case"])
-def test_flags_of_the_advice_can_be_given(script, teacher, flags):
+@over([LCM, LCM_LORA], "flags", [(), ("--ema_decay", "0")])
+def test_flags_of_the_advice_can_be_given(case, script, teacher, flags):
+    flags = (*case.flags, *flags)
     args = parse(script, teacher, *flags)
     advised = [saver.split() for saver in script.memory_savers(args) if saver.startswith("--")]
     assert ["--gradient_checkpointing"] in advised and ["--optimizer", "adamw8bit"] in advised
     parse(script, teacher, *flags, *sum(advised, []))
-
-
-def test_advice_of_a_run_out_of_memory_names_what_is_left(lcm, find_teacher, pack, tmp_path, monkeypatch):
-    def fail(_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-
-    monkeypatch.setattr(lcm, "train_step", fail)
-    arguments = tiny_args(find_teacher(FIRST), pattern(pack("squares")), tmp_path, "--center_crop")
-    with pytest.raises(SystemExit, match="^error: out of device memory: CUDA out of memory.*") as error:
-        run_main(get_script(FIRST), arguments)
-    assert "--optimizer adamw8bit" in error.value.code and "prepare_shards.py" not in error.value.code

@@ -1,8 +1,6 @@
 """Edges: a resume with other flags, files that are damaged or gone, the Hub, a signal in a validation, model cards."""
 
 import ast
-import contextlib
-import dataclasses
 import functools
 import math
 import os
@@ -14,36 +12,32 @@ from unittest.mock import DEFAULT, Mock
 import pytest
 import torch
 import yaml
-from conftest import LORA_FLAGS, SCRIPTS, make_shards, over, read_metrics, run_main, tiny_args
+from conftest import (
+    LCM,
+    LCM_LORA,
+    LCM_XL_LORA,
+    QUICK_VALIDATION,
+    SCRIPTS,
+    differences,
+    ends_with,
+    make_shards,
+    over,
+    read_metrics,
+    run_main,
+    tiny_args,
+)
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
-from test_train import FIRST, QUICK_VALIDATION, differences
 
-LORA = [name for name, case in SCRIPTS.items() if case.is_lora]
-EITHER = ("train_cd_multiboundary", "train_ct")
-U_NET_AND_LORA = {name: [(), LORA_FLAGS] if name in EITHER else [()] for name in SCRIPTS}
+EITHER = [LCM, LCM_LORA]  # a whole U-Net, and a LoRA
 TWO_STEPS = ("--max_train_steps", "2", "--checkpointing_steps", "2")
 RESUME = ("--resume_from_checkpoint", "checkpoint-2")
-
-
-@pytest.fixture
-def train(case, script, teacher, shards):
-    """train(output, *more): a run of four steps without checkpoints."""
-    return lambda output, *more: run_main(script, tiny_args(teacher, shards, output, *case.flags, *more))
-
-
-@contextlib.contextmanager
-def ends_with(message):
-    """The run ends in here, with one line that matches `message`."""
-    with pytest.raises(SystemExit, match=f"^error: .*{message}") as end:
-        yield
-    assert "\n" not in end.value.code
 
 
 # ---------------------------------------------------------------------------------------------------------- resume
 
 
-@over(FIRST, "schedule, factors", [("constant", (1, 1, 1)), ("cosine", (0.5, (1 - math.sqrt(0.5)) / 2, 0))])
+@pytest.mark.parametrize("schedule, factors", [("constant", (1, 1, 1)), ("cosine", (0.5, (1 - math.sqrt(0.5)) / 2, 0))])
 def test_resume_takes_another_rate_decay_and_beta(script, start, schedule, factors):
     flags = ("--lr_scheduler", schedule, "--lr_warmup_steps", "0")
     script.train(start(*flags, *TWO_STEPS))
@@ -56,23 +50,21 @@ def test_resume_takes_another_rate_decay_and_beta(script, start, schedule, facto
     assert rates[2:] == pytest.approx([5e-4 * factor for factor in factors[1:]]) and group["lr"] == rates[-1]
 
 
-@over(FIRST)
 def test_resume_with_another_optimizer_is_refused(script, start):
     script.train(start(*TWO_STEPS))
     with ends_with("checkpoint-2 was made with --optimizer adamw: go on with that"):
         start(*RESUME, "--optimizer", "adafactor")
 
 
-@over(EITHER[:1], "flags", [(), LORA_FLAGS])
-def test_resume_without_ema_goes_on_from_the_student(script, start, tmp_path, flags):
-    script.train(start(*flags, "--ema_decay", "0.9", *TWO_STEPS))
-    run = start(*flags, "--ema_decay", "0", *RESUME)
+@over(EITHER)
+def test_resume_without_ema_goes_on_from_the_student(script, start, tmp_path):
+    script.train(start("--ema_decay", "0.9", *TWO_STEPS))
+    run = start("--ema_decay", "0", *RESUME)
     student, target = (load_file(tmp_path / "started/checkpoint-2" / f"{name}.safetensors")
                        for name in ("student", "target"))  # fmt: skip
     assert not differences(script.network_state(run.models, "student"), student) and differences(student, target)
 
 
-@over(FIRST)
 def test_resume_forgets_lines_that_are_cut_or_without_a_step(script, start, tmp_path):
     script.train(start(*TWO_STEPS))
     with open(tmp_path / "started" / "metrics.jsonl", "a") as file:
@@ -84,7 +76,6 @@ def test_resume_forgets_lines_that_are_cut_or_without_a_step(script, start, tmp_
 # ---------------------------------------------------------------------------------------------- training and metrics
 
 
-@over([*FIRST, "train_ct"])
 def test_max_grad_norm_0_clips_nothing(script, start):
     def weights(norm, steps=1):
         run = start("--max_grad_norm", norm, "--adam_weight_decay", "0")
@@ -97,7 +88,6 @@ def test_max_grad_norm_0_clips_nothing(script, start):
     assert not torch.equal(unclipped, weights("0.1")) and not torch.equal(unclipped, weights("0", steps=0))
 
 
-@over(FIRST)
 def test_speeds_do_not_count_validation_and_checkpoints(script, start, monkeypatch):
     """On a clock of its own: a step takes a second and a quarter, of which it waits for its batch a quarter."""
     run, clock = start("--validation_steps", "1", "--checkpointing_steps", "1", "--logging_steps", "2"), {"now": 0.0}
@@ -116,7 +106,6 @@ def test_speeds_do_not_count_validation_and_checkpoints(script, start, monkeypat
     assert figures == [(4 / 2.5, 0.5 / 2.5)] * 2
 
 
-@over(FIRST)
 def test_metrics_that_cannot_be_written_only_warn(case, train, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").mkdir()
     train(tmp_path, "--max_train_steps", "1")
@@ -124,7 +113,6 @@ def test_metrics_that_cannot_be_written_only_warn(case, train, tmp_path, capsys)
     assert case.exported(tmp_path) <= {path.name for path in tmp_path.iterdir()}
 
 
-@over(SCRIPTS)
 def test_signal_breaks_a_validation_off(script, train, tmp_path, monkeypatch):
     drawn = Mock(wraps=script.decode_latents, side_effect=lambda *_: os.kill(os.getpid(), signal.SIGTERM) or DEFAULT)
     monkeypatch.setattr(script, "decode_latents", drawn)
@@ -136,7 +124,6 @@ def test_signal_breaks_a_validation_off(script, train, tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
-@over(SCRIPTS)
 def test_validation_is_not_compiled(script, start, monkeypatch):
     compiled = []
     network = torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph.forward)
@@ -148,7 +135,6 @@ def test_validation_is_not_compiled(script, start, monkeypatch):
     assert len(compiled) == 1
 
 
-@over(SCRIPTS)
 def test_vae_takes_a_megapixel_at_once(script, start, monkeypatch):
     flags = ["--pretrained_teacher_model", "model", "--train_shards_path_or_url", "shards.tar", "--resolution"]
     found = [script.parse_args([*flags, str(side)]).vae_encode_batch_size for side in (64, 512, 1024, 2048)]
@@ -165,15 +151,15 @@ def test_vae_takes_a_megapixel_at_once(script, start, monkeypatch):
 # ------------------------------------------------------------------------------------------------ errors at the start
 
 
-@over([*FIRST, "train_lcm_distill_lora_sdxl_wds"])
+@over([LCM, LCM_XL_LORA])
 def test_teacher_without_its_vocabulary(start, teacher, tmp_path):
     teacher = shutil.copytree(teacher, tmp_path / "teacher")
     (max(teacher.glob("tokenizer*")) / "tokenizer.json").unlink()  # of SDXL's two the second
     with ends_with("a tokenizer knows no words, only its special tokens"):
-        start(teacher=str(teacher))
+        start(teacher=teacher)
 
 
-@over(SCRIPTS, "file, text, message", [
+@pytest.mark.parametrize("file, text, message", [
     ("text_encoder/model.safetensors", "no tensors", "cannot be loaded: "),
     ("model_index.json", "[]", "cannot be read as a diffusers pipeline"),
 ])  # fmt: skip
@@ -181,17 +167,16 @@ def test_teacher_with_a_damaged_file(start, teacher, tmp_path, file, text, messa
     teacher = shutil.copytree(teacher, tmp_path / "teacher")
     (teacher / file).write_text(text)
     with ends_with(message):
-        start(teacher=str(teacher))
+        start(teacher=teacher)
 
 
-@over(FIRST, "text, message", [(b" \n\n", "holds no prompt"), (b"caf\xe9\n", "cannot be read: .*utf-8")])
+@pytest.mark.parametrize("text, message", [(b" \n\n", "holds no prompt"), (b"caf\xe9\n", "cannot be read: .*utf-8")])
 def test_prompts_that_are_none(start, tmp_path, text, message):
     (tmp_path / "prompts.txt").write_bytes(text)
     with ends_with(f"--validation_prompts: {tmp_path}/prompts.txt {message}"):
         start("--validation_prompts", str(tmp_path / "prompts.txt"))
 
 
-@over(FIRST)
 def test_prompt_files_of_one_name_keep_their_figures(script, start, tmp_path):
     files = [tmp_path / folder / "animals.txt" for folder in ("one", "two")]
     for file, text in zip(files, ("a fox\n", "a cat\na dog\n"), strict=True):
@@ -204,7 +189,7 @@ def test_prompt_files_of_one_name_keep_their_figures(script, start, tmp_path):
     assert first != second and every == pytest.approx((first + 2 * second) / 3, abs=2e-3)
 
 
-@over(FIRST, "prefix", ["file:", "file://"])
+@pytest.mark.parametrize("prefix", ["file:", "file://"])
 def test_samples_behind_file_urls_are_counted(script, shards, prefix):
     urls = [prefix + url for url in script.expand_shards([shards])]
     assert script.count_samples(urls, SimpleNamespace(encoded_shards=False)) == 21
@@ -220,27 +205,32 @@ def test_samples_of_a_damaged_shard_are_not_counted(lcm, tiny, tmp_path, capsys)
     assert "00001.tar are not counted: unexpected end of data" in capsys.readouterr().err
 
 
-EVERY = [
-    ("--learning_rate -1", "-1 does not lie in 0 …"),
-    ("--adam_beta1 1", "1 does not lie in 0 …"),
-    ("--max_grad_norm -1", "-1 does not lie in 0 …"),
-    ("--huber_c 0", "0 does not lie in"),
-    ("--max_train_steps 1e1", "--max_train_steps: invalid int value: '1e1'"),
-]
-ALPHA = [("--lora_rank 4 --lora_alpha 0", "--lora_alpha: 0 does not lie in")]
-RANK = [(flag, f"{flag.split()[0]} needs --lora_rank") for flag in ("--lora_alpha 4", "--lora_dropout 0.1",
-        "--lora_target_modules to_q", "--export_fused")]  # fmt: skip
+@over(SCRIPTS)
+def test_flags_that_argparse_refuses(script, capsys):
+    refused = {
+        "--learning_rate -1": "-1 does not lie in 0 …",
+        "--adam_beta1 1": "1 does not lie in 0 …",
+        "--ema_decay 1.5": "--ema_decay: 1.5 does not lie in 0 … 1",
+        "--huber_c 0": "0 does not lie in",
+        "--num_ddim_timesteps 0": "--num_ddim_timesteps: 0 does not lie in",
+        "--max_train_steps 1e1": "--max_train_steps: invalid int value: '1e1'",
+        "--validation_step 3": "unrecognized arguments: --validation_step 3",
+        "--validation_num_inference_steps 11": "--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps",
+        "--lora_rank 4 --lora_alpha 0": "--lora_alpha: 0 does not lie in",
+        "--lora_rank 4 --offload_ema": "--offload_ema is for a U-Net with an --ema_decay of its own",
+        "--init_from gone": "--init_from gone is no folder",
+        "--use_8bit_adam --optimizer prodigy": "--use_8bit_adam is --optimizer adamw8bit, not prodigy",
+        **{f"--lora_rank 0 --{flag}": f"--{flag.split()[0]} needs --lora_rank" for flag in (
+            "lora_alpha 4", "lora_dropout 0.1", "lora_target_modules to_q", "init_lora x", "export_fused")},
+        "--lora_rank 0 --base_precision nf4": "give --lora_rank too",
+    }  # fmt: skip
+    for flags, message in refused.items():
+        with pytest.raises(SystemExit) as end:
+            script.parse_args(tiny_args("teacher", "a.tar", "out", *flags.split()))
+        assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1], flags
 
 
-@over(SCRIPTS, "flags, message", {**dict.fromkeys(SCRIPTS, EVERY), **dict.fromkeys(LORA, EVERY + ALPHA),
-                                  **dict.fromkeys(EITHER, EVERY + ALPHA + RANK)})  # fmt: skip
-def test_flags_that_argparse_refuses(script, capsys, flags, message):
-    with pytest.raises(SystemExit) as end:
-        script.parse_args(tiny_args("teacher", "a.tar", "out", *flags.split()))
-    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
-
-
-@over(FIRST, "line", [b"--seed '1", b"--seed \xe9"])
+@pytest.mark.parametrize("line", [b"--seed '1", b"--seed \xe9"])
 def test_files_of_flags_that_cannot_be_read(script, capsys, tmp_path, line):
     (tmp_path / "run.args").write_bytes(line)
     with pytest.raises(SystemExit) as end:
@@ -249,13 +239,11 @@ def test_files_of_flags_that_cannot_be_read(script, capsys, tmp_path, line):
     assert "an @file with flags cannot be read: " in capsys.readouterr().err.splitlines()[-1]
 
 
-@over(FIRST)
 def test_schedule_that_ends_above_its_beginning(start):
     with ends_with("--lr_scheduler polynomial with this --learning_rate: lr_end"):
         start("--lr_scheduler", "polynomial", "--learning_rate", "1e-8")
 
 
-@over(FIRST)
 def test_precision_of_accelerates_configuration_that_is_not_supported(script, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(SystemExit):
@@ -266,7 +254,7 @@ def test_precision_of_accelerates_configuration_that_is_not_supported(script, ca
 # ------------------------------------------------------------------------------------------ export, Hub and model card
 
 
-@over(SCRIPTS)
+@over(EITHER)
 def test_files_of_a_run_can_be_read_by_others(case, train, tmp_path):
     mask = os.umask(0o022)
     try:
@@ -278,14 +266,14 @@ def test_files_of_a_run_can_be_read_by_others(case, train, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 
-@over(SCRIPTS, "flags", U_NET_AND_LORA)
-def test_export_when_the_teacher_is_gone(case, script, start, teacher, tmp_path, flags):
-    run, output = start(*flags, teacher=str(shutil.copytree(teacher, tmp_path / "teacher"))), tmp_path / "started"
+@over(EITHER)
+def test_export_when_the_teacher_is_gone(case, script, start, teacher, tmp_path):
+    run, output = start(teacher=shutil.copytree(teacher, tmp_path / "teacher")), tmp_path / "started"
     script.train_step(run)
     shutil.rmtree(tmp_path / "teacher")
-    if case.is_lora or flags:
+    if case.is_lora:
         script.publish(run, script.export(run))
-        assert dataclasses.replace(case, is_lora=True).exported(output) == {path.name for path in output.iterdir()}
+        assert case.exported(output) == {path.name for path in output.iterdir()}
         return
     with ends_with(f"the teacher cannot be read again .*: {output} holds unet and unet_online alone"):
         script.export(run)
@@ -294,7 +282,6 @@ def test_export_when_the_teacher_is_gone(case, script, start, teacher, tmp_path,
         assert not differences(saved.state_dict(), network.state_dict())
 
 
-@over(FIRST)
 def test_hub_that_refuses_ends_the_run_before_its_first_step(script, train, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "create_repo", Mock(side_effect=Exception("401: not allowed\nmore")))
     monkeypatch.setattr(script, "train_step", step := Mock())
@@ -303,7 +290,7 @@ def test_hub_that_refuses_ends_the_run_before_its_first_step(script, train, tmp_
     step.assert_not_called()
 
 
-@over([*FIRST, *LORA, *EITHER])
+@over(EITHER)
 def test_upload_that_fails_leaves_the_model_and_the_whole_name(case, script, train, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "create_repo", lambda name, **_: SimpleNamespace(repo_id=f"me/{name}"))
     monkeypatch.setattr(script, "upload_folder", Mock(side_effect=Exception("503: try later\nmore")))
@@ -313,22 +300,18 @@ def test_upload_that_fails_leaves_the_model_and_the_whole_name(case, script, tra
     assert '"me/model"' in (tmp_path / "model" / "README.md").read_text().split("```")[1]
 
 
-@over([*LORA, EITHER[0]], "embeds_w, scale", [(False, "1"), (True, "7")])
+@over([LCM_LORA], "embeds_w, scale", [(False, "1"), (True, "7")])
 def test_card_names_the_scale_if_the_network_takes_it(case, script, start, teacher, make_teacher, embeds_w, scale):
-    """As the base of a LoRA may, and the U-Net of an LCM that --init_from names."""
+    """As the base of a LoRA may."""
     base = make_teacher(case.pipeline, time_cond_proj_dim=32) if embeds_w else teacher
-    if case.is_lora:
-        run = start("--validation_guidance_scale", "7", teacher=base)
-    else:
-        run = start("--guidance_scale", "7", "--init_from", base)
-    card = script.model_card(run, False)
+    card = script.model_card(start("--validation_guidance_scale", "7", teacher=base), False)
     assert f"guidance_scale={scale}" in card and ("without guidance" in card) == (not embeds_w)
 
 
-@over(SCRIPTS, "flags", U_NET_AND_LORA)
-def test_card_with_quotes_and_colons(script, start, teacher, tmp_path, flags):
+@over(EITHER)
+def test_card_with_quotes_and_colons(script, start, teacher, tmp_path):
     teacher, prompt = str(shutil.copytree(teacher, tmp_path / 'a "tiny": teacher')), 'the word "fox"'
-    run = start(*flags, "--validation_prompts", prompt, teacher=teacher)
+    run = start("--validation_prompts", prompt, teacher=teacher)
     run.args.output_dir = 'an "output"'
     _, head, text = script.model_card(run, False).split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == teacher

@@ -784,7 +784,9 @@ IN, OUT = "--image_folder photos", "--output_dir out"
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (f"{OUT}", "give either --image_folder or --train_shards_path_or_url"),
+    (f"{OUT}", "give either --image_folder, --dataset or --train_shards_path_or_url"),
+    (f"{IN} --dataset a {OUT}", "give either"),
+    (f"{IN} --image_column a {OUT}", "--image_column needs --dataset"),
     (f"{IN} --train_shards_path_or_url a.tar {OUT}", "give either"),
     (f"{IN}", "give --output_dir, or --check"),
     (f"--train_shards_path_or_url a.tar --coco_annotations x {OUT}", "--coco_annotations needs --image_folder"),

@@ -1,148 +1,136 @@
-"""The scripts end to end: variants, exact resume, faults, export, validation, flags, first errors.
+"""Whole runs: each script from start to pictures; the engine's variants, exact resume, faults, export, flags, errors.
 
-What is copied from the first script is tested in full there, and in samples in the others.
+The engine is the same in all scripts, so that all but the first test and those of flags run the first script alone.
 """
 
 import ast
 import contextlib
-import hashlib
 import inspect
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from conftest import (
+    FORK,
+    LCM,
+    LCM_LORA,
+    LCM_XL_LORA,
+    QUICK_VALIDATION,
     SCRIPT,
     SCRIPTS,
-    get_script,
+    assert_same_end,
+    differences,
+    edited,
+    ends_with,
     over,
+    read_checkpoint,
+    read_losses,
     read_metrics,
     run_main,
     run_script,
+    run_two,
     tiny_args,
 )
 from diffusers import DDPMScheduler
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
-from safetensors.torch import load_file
-
-# one prompt, one seed, one chain: validation in a second
-QUICK_VALIDATION = "--validation_prompts a --num_validation_images 1 --validation_num_inference_steps 1".split()
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 
-FIRST = (SCRIPT.stem,)
-SIBLINGS = tuple(name for name in SCRIPTS if name not in FIRST)
-DISTILLING = tuple(name for name in SCRIPTS if name != "train_ct")  # which has no teacher and no guidance
-OF_SD = tuple(name for name, case in SCRIPTS.items() if not case.is_sdxl)
+def run_and_kill(run, seconds=120):
+    """Calls run() in a fork of this process, which is to kill itself."""
+    child = FORK.Process(target=run)
+    child.start()
+    child.join(seconds)
+    assert child.exitcode == -signal.SIGKILL
 
 
-def first_and(first, others):
-    """Values for `over`: those of the first script, and those of all others."""
-    return {**dict.fromkeys(SIBLINGS, others), **dict.fromkeys(FIRST, first)}
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.fixture
-def train(case, script, teacher, shards):
-    """train(output, *more, teacher, shards): four steps with a checkpoint every two; returns the output folder."""
-
-    def run(output, *more, teacher=teacher, shards=shards):
-        run_main(script, tiny_args(teacher, shards, output, "--checkpointing_steps", "2", *case.flags, *more))
-        return Path(output)
-
-    return run
+# ------------------------------------------------------------------------------------- each script, start to pictures
 
 
-@pytest.fixture(scope="session")
-def kept():
-    """Outputs of runs that several tests look at, and none writes to."""
-    return {}
+def check_export(case, output):
+    """Weights are those of the last checkpoint; the scheduler is the stock one, and warns of nothing."""
+    for name in ("target", "student"):
+        assert not differences(case.weights(output, name), load_file(output / "checkpoint-4" / f"{name}.safetensors"))
+    config = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+    assert config["_class_name"] == case.scheduler
+    loaded = getattr(diffusers, case.scheduler).from_pretrained(output, subfolder="scheduler")
+    assert {**loaded.config, "_use_default_values": []} == {**config, "_use_default_values": []}
+    names = inspect.signature(type(loaded)).parameters  # of others each user would be warned
+    assert {name for name in config if not name.startswith("_")} == {*names}
+    assert (config["beta_start"], config["prediction_type"], config["steps_offset"]) == (0.00085, "epsilon", 1)
+    assert config["original_inference_steps"] == 10
+    assert config["timestep_scaling"] == 9 or case.scheduler != "LCMScheduler"
 
 
-@pytest.fixture
-def straight(case, train, kept, tmp_path_factory):
-    """The output of an undisturbed run."""
-    name = f"straight-{case.name}"
-    if name not in kept:
-        kept[name] = train(tmp_path_factory.mktemp("straight") / "run")
-    return kept[name]
+def check_card(case, script, output):
+    """Runs the very code that users copy; returns the pipeline."""
+    card, names = (output / "README.md").read_text(), {}
+    assert "license: creativeml-openrail-m\n" in card and f'base_model: "{output.parent / "teacher"}"\n' in card
+    assert "(samples.png)" in card and Image.open(output / "samples.png").size[0] > 300
+    assert '"num_ddim_timesteps": 10' in card and f"{script.METHOD.tag}]\n" in card
+    if "--timestep_scaling_factor" in case.flags:
+        assert '"timestep_scaling_factor": 9.0' in card
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
+    assert names["image"].size == (16, 16) and names["prompt"] == "a fox"
+    assert type(names["pipe"].scheduler).__name__ == case.scheduler
+    return names["pipe"]
 
 
-@pytest.fixture
-def on_call(script, monkeypatch):
-    """on_call(name, number, action): runs an action before that call (1, 2, …) of one of the script's functions."""
-
-    def patch(name, number, action):
-        plain, calls = getattr(script, name), []
-
-        def wrapper(*args, **kwargs):
-            calls.append(name)
-            if len(calls) == number:
-                action()
-            return plain(*args, **kwargs)
-
-        monkeypatch.setattr(script, name, wrapper)
-
-    return patch
+def check_pipeline(case, pipe):
+    """A whole pipeline as stock diffusers runs it."""
+    pipe.set_progress_bar_config(disable=True)
+    one, other = (pipe("a fox", num_inference_steps=4, guidance_scale=scale, output_type="np",
+                       generator=torch.Generator().manual_seed(0)).images[0] for scale in (8, 12))  # fmt: skip
+    assert one.shape == (16, 16, 3) and (one != other).any()  # the scale counts
+    assert pipe.unet.config.time_cond_proj_dim == (256 if case.embeds_w else None)
 
 
-def leaves(value, name=""):
-    """Yields (name, leaf) of nested dicts and lists."""
-    if isinstance(value, (dict, list, tuple)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(item, f"{name}/{key}")
-    else:
-        yield name, value
+@over(SCRIPTS)
+def test_from_start_to_pictures(case, script, train, teacher, tmp_path, on_call):
+    """Trained, validated, killed while it writes a checkpoint, resumed to the bit, exported, loaded and used."""
+    teacher = shutil.copytree(teacher, tmp_path / "teacher")
+    (teacher / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    flags = ["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1",
+             "--proportion_empty_prompts", "0.5", "--validation_steps", "4", "--validation_prompts", "a fox",
+             "--validation_num_inference_steps", "2", "--num_validation_images", "1"]  # fmt: skip
+    whole = train(tmp_path / "run", *flags, teacher=teacher)
+    losses = read_losses(whole)
+    assert [step for step, *_ in losses] == [1, 2, 3, 4]
+    assert all(0 < loss < 100 and 0 < norm < 1e4 for _, loss, norm, _ in losses)
+    more = {"args.json", "metrics.jsonl", "checkpoint-2", "checkpoint-4", "validation", "samples.png"}
+    assert {path.name for path in whole.iterdir()} == case.exported(whole) | more
+    check_export(case, whole)
+    pipe = check_card(case, script, whole)
+    if not case.is_lora:
+        check_pipeline(case, pipe)
 
+    def run_and_die():
+        on_call("save_file", 4, kill_self)
+        train(tmp_path / "parts", *flags, "--validation_steps", "0", teacher=teacher)
 
-def read_checkpoint(folder):
-    """All that a checkpoint holds except the arguments, flat."""
-    weights = {name: load_file(folder / f"{name}.safetensors") for name in ("student", "target")}
-    optimizer, state = torch.load(folder / "optimizer.pt"), json.loads((folder / "state.json").read_text())
-    del state["args"]
-    return dict(leaves({**weights, "optimizer": optimizer, "state": state}))
-
-
-def differences(one, two):
-    """Names of the leaves that are not bit for bit the same."""
-    assert one.keys() == two.keys()
-    is_same = {name: torch.equal(a, two[name]) if torch.is_tensor(a) else a == two[name] for name, a in one.items()}
-    return [name for name, same in is_same.items() if not same]
-
-
-def read_losses(output):
-    """(step, loss, grad_norm, lr) of the training lines."""
-    names = ("step", "loss", "grad_norm", "lr")
-    return [tuple(line[name] for name in names) for line in read_metrics(output) if "lr" in line]
-
-
-def assert_same_end(output, straight, step=4):
-    assert not differences(*(read_checkpoint(folder / f"checkpoint-{step}") for folder in (output, straight)))
-    assert read_losses(output) == read_losses(straight)
-    assert not differences(read_export(output), read_export(straight))
-
-
-def read_export(output):
-    """All exported tensors, by file and name."""
-    tensors = {}
-    for path in sorted(output.rglob("*.safetensors")):
-        if "checkpoint" not in str(path.relative_to(output)):
-            name = path.relative_to(output).as_posix().replace(f"{output.name}_kohya", "kohya")
-            tensors |= {f"{name}/{key}": value for key, value in load_file(path).items()}
-    assert tensors
-    return tensors
+    run_and_kill(run_and_die)
+    assert (tmp_path / "parts" / "tmp-checkpoint-4").exists()
+    parts = train(tmp_path / "parts", *flags, "--resume_from_checkpoint", "latest", teacher=teacher)
+    assert not (parts / "tmp-checkpoint-4").exists()
+    assert_same_end(parts, whole)
+    (ended,) = [line for line in read_metrics(parts) if "lr" not in line]
+    assert ended == read_metrics(whole)[-1] and ended["step"] == 4 and "fidelity/target_psnr_k2" in ended
 
 
 # -------------------------------------------------------------------------------------------------------- variants
@@ -160,39 +148,27 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@over(SCRIPTS, "pipeline, flags", VARIANTS)
+@pytest.mark.parametrize("pipeline, flags", VARIANTS)
 def test_variants(case, train, make_teacher, tmp_path, pipeline, flags):
     teacher = make_teacher(case.pipeline, **pipeline)
     output = train(tmp_path / "run", *flags, teacher=teacher)
-    losses = read_losses(output)
-    assert [step for step, *_ in losses] == [1, 2, 3, 4]
-    assert all(0 < loss < 100 and 0 < norm < 1e4 for _, loss, norm, _ in losses)
+    assert all(0 < loss < 100 and 0 < norm < 1e4 for _, loss, norm, _ in read_losses(output))
     before, student, target = (load_file(next(Path(teacher, "unet").glob("*.safetensors"))),
                                case.weights(output, "student"), case.weights(output, "target"))  # fmt: skip
-    if case.is_lora:
-        before = {name: torch.zeros_like(value) for name, value in student.items() if ".lora_B." in name}
-    moved, moved_less = (
-        sum((net[name] - before[name]).abs().sum() for name in before if name in net) for net in (student, target)
-    )
-    assert len(before) > 20 and 0 < moved_less < moved
+    moved, moved_less = (sum((net[name] - before[name]).abs().sum() for name in before) for net in (student, target))
+    assert 0 < moved_less < moved
     assert {value.dtype for value in (*student.values(), *target.values())} == {torch.float32}
-    if not case.is_lora:
-        width = pipeline.get("time_cond_proj_dim", 256 if case.embeds_w else None)
-        projection = student.get("time_embedding.cond_proj.weight")
-        assert (None if projection is None else projection.shape[1]) == width
-        assert width is None or projection.any()
-        for part in ("vae", "text_encoder"):  # unrounded, whatever the precision of the training
-            assert not differences(
-                *(load_file(next(Path(run, part).glob("*.safetensors"))) for run in (teacher, output))
-            )
+    projection = student["time_embedding.cond_proj.weight"]
+    assert projection.shape[1] == pipeline.get("time_cond_proj_dim", 256) and projection.any()
+    for part in ("vae", "text_encoder"):  # unrounded, whatever the precision of the training
+        assert not differences(*(load_file(next(Path(run, part).glob("*.safetensors"))) for run in (teacher, output)))
 
 
 def test_gradient_checkpointing_changes_nothing(train, straight, tmp_path):
     output = train(tmp_path, "--gradient_checkpointing")
-    torch.testing.assert_close(read_losses(output), read_losses(straight), rtol=1e-4, atol=0)
+    torch.testing.assert_close(read_losses(output), read_losses(straight), rtol=1e-3, atol=0)
 
 
-@over([name for name, case in SCRIPTS.items() if not case.is_lora])
 def test_ema_on_the_cpu_changes_nothing(train, straight, tmp_path, monkeypatch):
     """On a CPU nothing moves, but the lent weights and the update layer by layer are those of a GPU."""
     seen, plain = [], torch.func.functional_call
@@ -201,7 +177,12 @@ def test_ema_on_the_cpu_changes_nothing(train, straight, tmp_path, monkeypatch):
     assert len(seen) == 4
 
 
-@over(DISTILLING, "weight, sizes", [("0", {2}), ("3", {2, 4})])
+def test_accelerates_own_accumulation_does_not_win_over_the_flag(train, straight, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    assert_same_end(train(tmp_path), straight)
+
+
+@pytest.mark.parametrize("weight, sizes", [("0", {2}), ("3", {2, 4})])
 def test_no_unconditional_pass_without_guidance(script, train, tmp_path, monkeypatch, weight, sizes):
     seen, plain = set(), script.Denoiser.__call__
     monkeypatch.setattr(script.Denoiser, "__call__", lambda net, x, *args: (seen.add(len(x)), plain(net, x, *args))[1])
@@ -216,7 +197,7 @@ def test_epochs_give_the_steps(lcm, tiny, shards, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]  # 21 samples, twice
 
 
-@over(FIRST, "schedule, factors", [("linear", [0.5, 1, 0.5, 0]), ("constant_with_warmup", [0.5, 1, 1, 1]),
+@pytest.mark.parametrize("schedule, factors", [("linear", [0.5, 1, 0.5, 0]), ("constant_with_warmup", [0.5, 1, 1, 1]),
                                    ("constant", [1, 1, 1, 1])])  # fmt: skip
 def test_learning_rates(train, tmp_path, schedule, factors):
     output = train(tmp_path, "--scale_lr", "--gradient_accumulation_steps", "3", "--learning_rate", "1e-4",
@@ -227,36 +208,24 @@ def test_learning_rates(train, tmp_path, schedule, factors):
 # ---------------------------------------------------------------------------------------------------------- resume
 
 
-RESUMED = [
-    pytest.param(["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1"],
-                 [], id="bf16, one worker, accumulation"),
-    # 24 samples of 21: into the second epoch; validation on one side of the interruption only
-    pytest.param(["--train_batch_size", "6", "--dataloader_num_workers", "3", "--shuffle_buffer_size", "3",
-                  "--random_flip", "--proportion_empty_prompts", "0.5", "--gradient_checkpointing"],
-                 ["--validation_steps", "1", *QUICK_VALIDATION], id="three workers, validation"),
-    pytest.param(["--use_8bit_adam", "--train_batch_size", "1"], [], id="8-bit Adam"),
-]  # fmt: skip
-RESUMED_FIRST = [
-    pytest.param([], [], id="float32"),
+@pytest.mark.parametrize("flags, before", [
     pytest.param(["--gradient_checkpointing", "--gradient_accumulation_steps", "2", "--loss_type", "huber"], [],
                  id="checkpointing"),
-]  # fmt: skip
-
-
-@over(SCRIPTS, "flags, before", first_and([*RESUMED, *RESUMED_FIRST], RESUMED))
-def test_resume_is_exact(case, train, tmp_path, flags, before):
+    # 24 samples of 21: into the second epoch; validation on one side of the interruption only
+    pytest.param(["--train_batch_size", "6", "--dataloader_num_workers", "3", "--shuffle_buffer_size", "3",
+                  "--random_flip", "--proportion_empty_prompts", "0.5"],
+                 ["--validation_steps", "1", *QUICK_VALIDATION], id="three workers, validation"),
+    pytest.param(["--use_8bit_adam", "--train_batch_size", "1"], [], id="8-bit Adam"),
+])  # fmt: skip
+def test_resume_is_exact(train, tmp_path, flags, before):
     whole = train(tmp_path / "whole", *flags)
     train(tmp_path / "parts", *flags, "--max_train_steps", "2", *before)
     parts = train(tmp_path / "parts", *flags, "--resume_from_checkpoint", "latest")
-    for run in (whole, parts):  # the first half of the other run had pictures to draw
-        (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in read_metrics(run) if "lr" in m))
     assert_same_end(parts, whole)
     tensors = [value for value in read_checkpoint(whole / "checkpoint-4").values() if torch.is_tensor(value)]
-    is_8bit = "--use_8bit_adam" in flags and not case.is_lora  # which bitsandbytes keeps for large tensors
-    assert any(tensor.dtype == torch.uint8 for tensor in tensors) == is_8bit
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors) == ("--use_8bit_adam" in flags)
 
 
-@over(FIRST)
 def test_resume_inside_a_schedule_and_between_two_logs(train, tmp_path):
     flags = ["--lr_scheduler", "linear", "--lr_warmup_steps", "1", "--logging_steps", "3"]
     whole = train(tmp_path / "whole", *flags)
@@ -265,7 +234,6 @@ def test_resume_inside_a_schedule_and_between_two_logs(train, tmp_path):
     assert_same_end(parts, whole)
 
 
-@over(FIRST)
 def test_resume_forgets_what_came_after_the_checkpoint(train, straight, tmp_path):
     output = shutil.copytree(straight, tmp_path / "run")
     shutil.rmtree(output / "checkpoint-4")
@@ -274,53 +242,15 @@ def test_resume_forgets_what_came_after_the_checkpoint(train, straight, tmp_path
     assert_same_end(train(output, "--resume_from_checkpoint", "latest"), straight)
 
 
-@over(FIRST)
 def test_older_checkpoint_by_name_outlives_the_newer(train, straight, tmp_path):
     output = shutil.copytree(straight, tmp_path / "run")
     flags = ["--max_train_steps", "3", "--checkpoints_total_limit", "1"]
     train(output, *flags, "--resume_from_checkpoint", "checkpoint-2")
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert [path.name for path in (output / "set-aside-1").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
-FORK = multiprocessing.get_context("fork")
-
-
-def watch_the_end(script):
-    """Makes a run write, for each rank, a digest of its student and target, and its cursors."""
-
-    def train(run, plain=script.train):
-        plain(run)
-        networks = (script.network_state(run.models, name) for name in ("student", "target"))
-        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for net in networks for value in net.values()))
-        path = f"{run.args.output_dir}-rank{run.accelerator.process_index}"
-        Path(path).write_text(f"{digest.hexdigest()} {run.reader.cursors}")
-
-    script.train = train
-
-
-def run_rank(name, arguments, environment):
-    """A run as torchrun would start it, in a fork of this process, which has imported everything."""
-    os.environ.update(environment)
-    watch_the_end(get_script(name))
-    run_main(get_script(name), arguments)
-
-
-def run_two(name, arguments):
-    """Runs a script in two processes that train together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [FORK.Process(target=run_rank, args=(name, arguments, {**common, "RANK": rank, "LOCAL_RANK": rank}))
-             for rank in ("0", "1")]  # fmt: skip
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
-
-
-@over(SCRIPTS)
+@over([LCM_XL_LORA, "train_ct"])
 def test_two_processes(case, teacher, shards, tmp_path):
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     flags = ["--checkpointing_steps", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "3", *case.flags]
@@ -340,19 +270,13 @@ def test_two_processes(case, teacher, shards, tmp_path):
     assert {path.name for path in whole.iterdir()} == case.exported(whole) | more
 
 
-def test_two_processes_by_torchrun(tiny, shards, tmp_path):
-    result = run_script(tiny_args(tiny, shards, tmp_path, "--max_train_steps", "1"), processes=2)
-    assert result.returncode == 0, result.stderr
-    assert len(read_metrics(tmp_path)) == 1 and (tmp_path / "model_index.json").is_file()
-
-
 # ---------------------------------------------------------------------------------------------------------- faults
 
 
 SIGNALS = [pytest.param(signal.SIGTERM, 143, id="SIGTERM"), pytest.param(signal.SIGINT, 130, id="SIGINT")]
 
 
-@over(SCRIPTS, "number, status", first_and(SIGNALS, SIGNALS[:1]))
+@pytest.mark.parametrize("number, status", SIGNALS)
 def test_signal_ends_the_run_with_a_checkpoint(train, straight, tmp_path, on_call, number, status):
     on_call("train_step", 3, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as end:
@@ -363,31 +287,7 @@ def test_signal_ends_the_run_with_a_checkpoint(train, straight, tmp_path, on_cal
     assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
 
 
-@pytest.mark.parametrize(("number", "status"), SIGNALS)
-def test_signal_to_all_processes(tiny, shards, tmp_path, number, status):
-    """As Ctrl-C, `timeout` and batch systems send it: to the loader's workers too."""
-    flags = ["--max_train_steps", "100000", "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2"]
-    command = [sys.executable, str(SCRIPT), *tiny_args(tiny, shards, tmp_path / "run", *flags)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "log", "w+") as log:
-        process = subprocess.Popen(command, stderr=log, start_new_session=True, env=environment)
-        while process.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
-            time.sleep(0.05)
-        os.killpg(process.pid, number)
-        try:
-            code = process.wait(60)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        log.seek(0)
-        text = log.read()
-    assert code == status and "Traceback" not in text, text[-3000:]
-    steps = len(read_metrics(tmp_path / "run"))
-    assert (tmp_path / "run" / f"checkpoint-{steps}" / "state.json").is_file()
-
-
 KILLED = [
-    pytest.param("save_file", 4, id="in a checkpoint"),
     pytest.param("train_step", 2, id="before any checkpoint"),
     pytest.param("train_step", 4, id="in a step"),
     pytest.param("list_checkpoints", 3, id="after a checkpoint"),
@@ -395,22 +295,16 @@ KILLED = [
 ]
 
 
-@over(SCRIPTS, "name, number", first_and(KILLED, KILLED[:1]))
+@pytest.mark.parametrize("name, number", KILLED)
 def test_kill_9_and_resume(train, straight, tmp_path, on_call, name, number):
     def run_and_die():
-        on_call(name, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        on_call(name, number, kill_self)
         train(tmp_path)
 
-    child = FORK.Process(target=run_and_die)
-    child.start()
-    child.join(60)
-    assert child.exitcode == -signal.SIGKILL
-    assert (tmp_path / "tmp-checkpoint-4").exists() == (name == "save_file")
+    run_and_kill(run_and_die)
     assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
-    assert not (tmp_path / "tmp-checkpoint-4").exists()
 
 
-@over(FIRST)
 def test_half_checkpoints_are_passed_over(script, train, straight, tmp_path, capsys):
     for name in ("checkpoint-2", "tmp-checkpoint-12", "checkpoint-best"):
         shutil.copytree(straight / "checkpoint-2", tmp_path / name)
@@ -422,7 +316,6 @@ def test_half_checkpoints_are_passed_over(script, train, straight, tmp_path, cap
     assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-best"}
 
 
-@over(FIRST)
 def test_checkpoint_limit_and_a_full_disk(train, straight, tmp_path, on_call):
     limited = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
 
@@ -437,23 +330,12 @@ def test_checkpoint_limit_and_a_full_disk(train, straight, tmp_path, on_call):
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
-@over(FIRST, "file", ["student.safetensors", "optimizer.pt", "state.json"])
-def test_damaged_checkpoint_is_named(train, straight, tmp_path, file):
-    shutil.copytree(straight / "checkpoint-4", tmp_path / "checkpoint-4")
-    with open(tmp_path / "checkpoint-4" / file, "r+b") as damaged:
-        damaged.truncate(100)
-    with pytest.raises(SystemExit, match="^error: .*checkpoint") as end:
-        train(tmp_path, "--resume_from_checkpoint", "latest")
-    assert "\n" not in end.value.code
-
-
 @pytest.fixture
 def spoil_losses(script, monkeypatch):
     """spoil_losses(calls, gradient_only): makes the losses of these calls (1, 2, …), or their gradients alone, nan."""
 
     def patch(calls, gradient_only=False):
-        name = "distillation_loss" if hasattr(script, "distillation_loss") else "training_loss"
-        plain, count = getattr(script, name), []
+        plain, count = script.consistency_loss, []
 
         def wrapper(*args, **kwargs):
             loss = plain(*args, **kwargs)
@@ -462,12 +344,12 @@ def spoil_losses(script, monkeypatch):
                 return loss
             return loss + 0 * (loss - loss.detach()).abs().sqrt() if gradient_only else loss * float("nan")
 
-        monkeypatch.setattr(script, name, wrapper)
+        monkeypatch.setattr(script, "consistency_loss", wrapper)
 
     return patch
 
 
-@over(SCRIPTS)
+@over([LCM, LCM_LORA])
 def test_out_of_memory_ends_with_advice(case, train, tmp_path, on_call):
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
@@ -480,7 +362,7 @@ def test_out_of_memory_ends_with_advice(case, train, tmp_path, on_call):
 
 
 @pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
-@over(SCRIPTS, "flags", first_and([[], ["--use_8bit_adam"], ["--gradient_accumulation_steps", "2"]], [[]]))
+@pytest.mark.parametrize("flags", [[], ["--use_8bit_adam"], ["--gradient_accumulation_steps", "2"]], ids=str)
 def test_step_that_is_not_finite_is_skipped(train, tmp_path, spoil_losses, flags, gradient_only):
     spoil_losses([5 if "2" in flags else 3], gradient_only)
     output = train(tmp_path, *flags, "--checkpointing_steps", "1")
@@ -492,7 +374,7 @@ def test_step_that_is_not_finite_is_skipped(train, tmp_path, spoil_losses, flags
     assert [line["nonfinite_steps"] for line in read_metrics(output)] == [0, 0, 1, 1]
 
 
-@over(FIRST, "gradient_only", [False, True])
+@pytest.mark.parametrize("gradient_only", [False, True])
 def test_ten_steps_in_a_row_that_are_not_finite(train, tmp_path, spoil_losses, gradient_only):
     spoil_losses([2, *range(4, 100)], gradient_only)
     with pytest.raises(SystemExit, match="^error: ten steps in a row .*; try .*--learning_rate"):
@@ -506,13 +388,11 @@ SECRETS = ("hf_secret123", "secret456", "secret789", "secret012")
 
 
 @pytest.fixture
-def showcase(case, train, teacher, shards, kept, tmp_path_factory):
-    """(output, its log) of a run with validation, trackers, tokens and a teacher that has a model card."""
-    if (name := f"showcase-{case.name}") in kept:
+def showcase(train, shards, kept, tmp_path_factory):
+    """(output, its log) of a run with validation, trackers and tokens."""
+    if (name := "showcase") in kept:
         return kept[name]
     folder = tmp_path_factory.mktemp("showcase")
-    teacher = shutil.copytree(teacher, folder / "teacher")
-    (teacher / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
     (folder / "animals.txt").write_text("a fox\n\na cat\n")
     (folder / "plants.txt").write_text("a rose\n")
     pipe = f"pipe:cat {shards} # 'Authorization: Bearer secret456' https://me:secret789@host/x?token=secret012"
@@ -521,51 +401,9 @@ def showcase(case, train, teacher, shards, kept, tmp_path_factory):
         output = train(folder / "run", "--validation_steps", "2", "--validation_prompts", str(folder / "animals.txt"),
                        str(folder / "plants.txt"), "a fir", "--validation_num_inference_steps", "1", "2",
                        "--num_validation_images", "2", "--report_to", "tensorboard", "--hub_token", "hf_secret123",
-                       teacher=str(teacher), shards=pipe)  # fmt: skip
+                       shards=pipe)  # fmt: skip
     kept[name] = output, log.getvalue()
     return kept[name]
-
-
-def test_exported_scheduler_and_weights(case, showcase):
-    output, _ = showcase
-    for name in ("target", "student"):
-        assert not differences(case.weights(output, name), load_file(output / "checkpoint-4" / f"{name}.safetensors"))
-    config = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
-    assert config["_class_name"] == case.scheduler
-    loaded = getattr(diffusers, case.scheduler).from_pretrained(output, subfolder="scheduler")
-    assert {**loaded.config, "_use_default_values": []} == {**config, "_use_default_values": []}
-    names = inspect.signature(type(loaded)).parameters  # of others each user would be warned
-    assert {name for name in config if not name.startswith("_")} == {*names}
-    assert (config["beta_start"], config["prediction_type"], config["steps_offset"]) == (0.00085, "epsilon", 1)
-    assert config["original_inference_steps"] == 10
-    assert config["timestep_scaling"] == 9 or case.scheduler != "LCMScheduler"
-
-
-@over([name for name, case in SCRIPTS.items() if not case.is_lora])
-def test_exported_pipeline(case, showcase):
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(showcase[0])
-    pipe.set_progress_bar_config(disable=True)
-    one, other = (pipe("a fox", num_inference_steps=4, guidance_scale=scale, output_type="np",
-                       generator=torch.Generator().manual_seed(0)).images[0] for scale in (8, 12))  # fmt: skip
-    assert one.shape == (16, 16, 3) and abs(one - other).max() > 1e-4  # the scale counts
-    assert type(pipe.scheduler).__name__ == case.scheduler
-    assert pipe.unet.config.time_cond_proj_dim == (256 if case.embeds_w else None)
-
-
-def test_model_card(case, script, showcase):
-    output, _ = showcase
-    card = (output / "README.md").read_text()
-    assert "license: creativeml-openrail-m\n" in card and f'base_model: "{output.parent / "teacher"}"\n' in card
-    assert "(samples.png)" in card and Image.open(output / "samples.png").size[0] > 300
-    assert '"num_ddim_timesteps": 10' in card and f"{script.TAG}]\n" in card
-    if "--timestep_scaling_factor" in case.flags:
-        assert '"timestep_scaling_factor": 9.0' in card
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)  # the very code that users copy
-    assert names["image"].size == (16, 16) and names["prompt"] == "a fox"
-    assert type(names["pipe"].scheduler).__name__ == case.scheduler
 
 
 def test_no_secret_is_written(showcase):
@@ -577,7 +415,6 @@ def test_no_secret_is_written(showcase):
         assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
-@over(DISTILLING)
 def test_validation_metrics(showcase):
     lines = [line for line in read_metrics(showcase[0]) if "lr" not in line]
     assert [line["step"] for line in lines] == [0, 2, 4]
@@ -590,7 +427,7 @@ def test_validation_metrics(showcase):
         assert start[key] == end[key] != start[key.replace("untrained", "teacher")]
         for network in ("student", "target"):
             name = key.replace("untrained", network)
-            assert start[name] == pytest.approx(start[key], abs=1e-3) and end[name] != start[name]
+            assert start[name] == pytest.approx(start[key], abs=5e-3) and end[name] != start[name]
 
 
 def test_validation_at_several_sizes(train, tmp_path):
@@ -633,6 +470,7 @@ def test_trackers(showcase, straight):
     assert not (straight / "logs").exists()  # --report_to none
 
 
+@over([LCM, LCM_LORA])
 def test_push_to_hub(case, script, train, tmp_path, monkeypatch):
     calls = []
     created = type("Repo", (), {"repo_id": "me/model"})
@@ -648,6 +486,30 @@ def test_push_to_hub(case, script, train, tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------- flags
 
+# what command lines of users hold: these flags stay
+KNOWN = """adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 cache_dir cast_teacher_unet center_crop
+    checkpointing_steps checkpoints_total_limit compile dataloader_num_workers ema_decay
+    enable_xformers_memory_efficient_attention encoded_shards gradient_accumulation_steps gradient_checkpointing
+    hub_model_id hub_token huber_c interpolation_type learning_rate logging_dir logging_steps loss_type lr_scheduler
+    lr_warmup_steps max_bad_samples max_grad_norm max_pwatermark max_train_samples max_train_steps min_image_size
+    mixed_precision num_ddim_timesteps num_train_epochs num_validation_images optimizer output_dir
+    pretrained_teacher_model pretrained_vae_model_name_or_path proportion_empty_prompts push_to_hub random_flip
+    report_to resolution resume_from_checkpoint revision scale_lr seed shard_timeout shuffle_buffer_size
+    teacher_revision tracker_project_name train_batch_size train_shards_path_or_url use_8bit_adam vae_encode_batch_size
+    validation_guidance_scale validation_negative_prompt validation_num_inference_steps validation_prompts
+    validation_resolutions validation_steps"""
+KNOWN_LORA = "base_precision export_fused init_lora lora_alpha lora_dropout lora_rank lora_target_modules"
+KNOWN_OF = {
+    "train_lcm_distill_sd_wds": "offload_ema timestep_scaling_factor unet_time_cond_proj_dim w_max w_min",
+    "train_tcd_distill_sd_wds": "offload_ema unet_time_cond_proj_dim validation_eta w_max w_min",
+    "train_tcd_distill_lora_sd_wds": f"validation_eta w_max w_min {KNOWN_LORA}",
+    "train_lcm_distill_lora_sdxl_wds": f"timestep_scaling_factor use_fix_crop_and_size w_max w_min {KNOWN_LORA}",
+    "train_cd_multiboundary": f"guidance_scale init_from num_boundaries offload_ema w_max w_min {KNOWN_LORA}",
+    "train_ct": f"""discretization dropout ect_b ect_k ect_q ect_stage_steps from_scratch ict_s0 ict_s1 init_from
+        lognormal_mean lognormal_std loss_weighting offload_ema pseudo_huber_c timestep_sampling timestep_scaling_factor
+        {KNOWN_LORA}""",
+}
+
 
 def flags_of_the_script(path=SCRIPT):
     """Names of all flags, from the calls add("--flag", …), and the attributes of `args` that anything else reads."""
@@ -661,13 +523,15 @@ def flags_of_the_script(path=SCRIPT):
     return [flag.removeprefix("--") for flag in calls], reads
 
 
-def test_every_flag_is_read(case):
+@over(SCRIPTS)
+def test_every_flag_is_read_and_none_is_lost(case):
     flags, reads = flags_of_the_script(case.path)
-    assert len(flags) > 60 and len(flags) == len(set(flags))
-    assert set(flags) - reads == {"use_8bit_adam"}, "flags that nothing reads"  # it sets --optimizer
-    assert not reads - set(flags), "reads of what is no flag"
+    assert len(flags) == len(set(flags)) and set(flags) >= {*KNOWN.split(), *KNOWN_OF[case.name].split()}
+    assert not set(flags) - reads, "flags that nothing reads"
+    assert reads - set(flags) <= {"unet_time_cond_proj_dim", "from_scratch", "dropout", "w_max"}, "reads of no flag"
 
 
+@over(SCRIPTS)
 def test_help_shows_every_flag_and_its_default(case, script, capsys):
     with pytest.raises(SystemExit) as end:
         script.parse_args(["--help"])
@@ -682,7 +546,8 @@ def test_help_shows_every_flag_and_its_default(case, script, capsys):
         if is_shown and flag not in (worked_out | {"pretrained_teacher_model", "train_shards_path_or_url"}):
             assert "(default: " in " ".join(entries[f"--{flag}"].split()), flag
         assert len(entries[f"--{flag}"].split()) > 3, flag
-    assert f"(default: {'0.0001' if case.is_lora else '8e-06'})" in entries["--learning_rate"]
+    assert defaults["learning_rate"] == (1e-4 if case.is_lora else 8e-6)
+    assert (defaults["lora_rank"], defaults["resolution"]) == (64 * case.is_lora, 1024 if case.is_sdxl else 512)
 
 
 def test_arguments_from_a_file(lcm, tmp_path):
@@ -696,32 +561,80 @@ def test_arguments_from_a_file(lcm, tmp_path):
     assert args.validation_prompts == ["a red fox", "it's"]
 
 
+# ----------------------------------------------------------------------------------------- processes of their own
+
+
+@over([LCM_LORA])
+def test_the_script_alone_writes_the_same_bytes(case, script, teacher, shards, tmp_path, monkeypatch):
+    """In a process of its own, where sets have another order. Bitwise within one processor and number of threads."""
+    arguments = tiny_args(teacher, shards, "run", *case.flags, "--max_train_steps", "1")
+    exports = []
+    for name in ("here", "alone"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "here":
+            run_main(script, arguments)
+        else:
+            shutil.copy(case.path, "alone.py")
+            result = run_script(arguments, script="alone.py", PYTHONHASHSEED="1", MKL_NUM_THREADS="1")
+            assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+        files = [path for path in Path("run").rglob("*") if path.is_file() and path.name not in ("metrics.jsonl",)]
+        exports.append({str(path.relative_to("run")): path.read_bytes() for path in files})
+    assert exports[0].keys() == exports[1].keys()
+    assert [name for name in exports[0] if exports[0][name] != exports[1][name]] == []
+    assert sum(name.endswith(".safetensors") for name in exports[0]) == 3
+
+
+def test_metadata_have_one_order(lcm, tmp_path):
+    """safetensors writes them in an order that changes from call to call."""
+    found, path = set(), tmp_path / "file.safetensors"
+    for _ in range(20):
+        save_file({"ä": torch.ones(3), "b": torch.arange(5)}, path, {letter: f'"{letter}"\n' for letter in "cabé"})
+        lcm.sort_metadata(path)
+        found.add(path.read_bytes())
+    assert len(found) == 1
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {letter: f'"{letter}"\n' for letter in "cabé"}
+        assert file.get_tensor("ä").tolist() == [1, 1, 1] and file.get_tensor("b").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_help_and_a_refusal_are_all_that_is_printed(tiny, shards, tmp_path):
+    """Refused by argparse, and later, when the libraries have been at work: no library's chatter before the line."""
+    arguments = tiny_args(tiny, shards, tmp_path / "run")
+    wanted = {
+        ("--help",): (0, r"usage: .*", ""),
+        ("--w_min", "3", "--w_max", "2"): (2, "", r"usage: [^\n]*\n\S+: error: --w_min 3.0 is above --w_max 2.0\n"),
+        ("--num_ddim_timesteps", "2000"): (1, "", r"error: --num_ddim_timesteps 2000 must lie in 1 … 1000\n"),
+    }
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    started = [subprocess.Popen([sys.executable, str(SCRIPT), *arguments, *more], env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for more in wanted]  # fmt: skip
+    for process, (code, out, error) in zip(started, wanted.values(), strict=True):
+        found = process.communicate(timeout=120)
+        assert process.returncode == code, found
+        assert re.fullmatch(out, found[0], re.DOTALL) and re.fullmatch(error, found[1]), found
+
+
+def test_two_processes_by_torchrun(tiny, shards, tmp_path):
+    result = run_script(tiny_args(tiny, shards, tmp_path, "--max_train_steps", "1"), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert len(read_metrics(tmp_path)) == 1 and (tmp_path / "model_index.json").is_file()
+
+
 # ------------------------------------------------------------------------------------------------ errors at the start
 
 
-def edited(tiny, folder, file, **changes):
-    """A copy of the tiny pipeline with changes to one of its JSON files; None removes an entry."""
-    folder = shutil.copytree(tiny, folder / "edited")
-    config = {**json.loads((folder / file).read_text()), **changes}
-    (folder / file).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    return folder
-
-
-@over(FIRST)
 def test_teacher_with_a_short_configuration(train, tiny, tmp_path):
     """As that of Stable Diffusion 1.5, written by diffusers 0.6: what it leaves out has the default of the class."""
     later = ("time_cond_proj_dim", "class_embeddings_concat", "projection_class_embeddings_input_dim", "dropout")
     teacher = edited(tiny, tmp_path, "unet/config.json", **dict.fromkeys(later))
-    output = train(tmp_path / "run", teacher=str(teacher))
+    output = train(tmp_path / "run", teacher=teacher)
     assert json.loads((output / "unet" / "config.json").read_text())["time_cond_proj_dim"] == 256
     assert "time_embedding.cond_proj.weight" in load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-@over(OF_SD, "file, changes, message", [
+@pytest.mark.parametrize("file, changes, message", [
     ("unet/config.json", {"in_channels": 9}, "9.*in-painting"),
-    ("model_index.json", {"_class_name": "StableDiffusionXLPipeline",
-                          "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
-     "SDXL pipeline; use train_lcm_distill_lora_sdxl_wds.py"),
     ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None],
                           "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, "SDXL refiner"),
     ("model_index.json", {"_class_name": "StableDiffusion3Pipeline", "unet": None,
@@ -734,10 +647,9 @@ def test_teacher_with_a_short_configuration(train, tiny, tmp_path):
     ("vae/config.json", {"latent_channels": 16}, "VAE"),
     ("vae/config.json", {"latents_mean": [0, 0, 0, 0], "latents_std": [1, 1, 1, 1]}, "VAE with latents_mean"),
 ])  # fmt: skip
-def test_teacher_of_another_kind(train, tiny, tmp_path, file, changes, message):
-    with pytest.raises(SystemExit, match=f"^error: .*{message}") as end:
-        train(tmp_path / "run", teacher=str(edited(tiny, tmp_path, file, **changes)))
-    assert "\n" not in end.value.code
+def test_teacher_of_another_kind(start, tiny, tmp_path, file, changes, message):
+    with ends_with(message):
+        start(teacher=edited(tiny, tmp_path, file, **changes))
 
 
 @over(SCRIPTS, "given", [
@@ -756,10 +668,9 @@ def test_the_exported_scheduler_has_the_teachers_noise_and_clips_nothing(script,
     assert exported.config.original_inference_steps == args.num_ddim_timesteps
 
 
-@over(SCRIPTS, "flags, message", [
+@pytest.mark.parametrize("flags, message", [
     (["--pretrained_teacher_model", "no/such-model"], "--pretrained_teacher_model no/such-model"),
     (["--pretrained_vae_model_name_or_path", "no/such-vae"], "VAE"),
-    (["--num_ddim_timesteps", "2000"], "--num_ddim_timesteps 2000 must lie in 1 … 1000"),
     (["--resolution", "17"], "--resolution: .17. must be multiples of .* 2"),
     (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
     (["--enable_xformers_memory_efficient_attention"], "--enable_xformers_memory_efficient_attention needs a GPU"),
@@ -772,46 +683,18 @@ def test_the_exported_scheduler_has_the_teachers_noise_and_clips_nothing(script,
 def test_flags_that_cannot_work(train, tmp_path, flags, message):
     if flags[0] in ("--mixed_precision", "--enable_xformers_memory_efficient_attention") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit, match=f"^error: .*{message}") as end:
+    with ends_with(message):
         train(tmp_path, *flags)
-    assert "\n" not in end.value.code
 
 
-@over(DISTILLING, "flags, message", [
-    (["--num_ddim_timesteps", "0"], "--num_ddim_timesteps"),
-    (["--w_min", "3", "--w_max", "2"], "--w_min 3.0 is above --w_max 2.0"),
-    (["--ema_decay", "1.5"], "--ema_decay"),
-    (["--validation_num_inference_steps", "11"], "--validation_num_inference_steps"),
-    (["--validation_step", "3"], "--validation_step"),
-])  # fmt: skip
-def test_flags_that_argparse_refuses(script, capsys, flags, message):
-    with pytest.raises(SystemExit) as end:
-        script.parse_args(tiny_args("teacher", "a.tar", "out", *flags))
-    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
-
-
-@over(FIRST)
 def test_output_folder_that_cannot_be_used(train, straight, tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(SystemExit, match="^error: --output_dir .* cannot be written"):
+        with ends_with("--output_dir .* cannot be written"):
             train(output)
-    with pytest.raises(SystemExit, match="^error: --output_dir .* holds checkpoints.*--resume_from_checkpoint latest"):
+    with ends_with("--output_dir .* holds checkpoints.*--resume_from_checkpoint latest"):
         train(straight)
 
 
-@over(FIRST)
 def test_resume_in_a_fresh_folder_starts_afresh(train, straight, tmp_path):
     assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
-
-
-def test_the_script_alone(case, teacher, shards, tmp_path):
-    shutil.copy(case.path, tmp_path / "alone.py")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    runs = [([], 0), (["--num_ddim_timesteps", "2000"], 1)] if case.name in FIRST else [([], 0)]
-    for more, code in runs:
-        command = [sys.executable, "-I", "alone.py", *tiny_args(teacher, shards, "run", *case.flags, *more)]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
-        assert code == 0 or result.stderr.splitlines()[-1].startswith("error: --num_ddim_timesteps 2000")
-    assert case.exported("run") <= {path.name for path in (tmp_path / "run").iterdir()}

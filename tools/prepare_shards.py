@@ -8,7 +8,8 @@
         --aspect_ratio_buckets --encode stable-diffusion-v1-5/stable-diffusion-v1-5 --random_flip --mixed_precision bf16
 
 Sources are a folder with `.txt` files beside the pictures, with metadata.jsonl or metadata.csv (as `imagefolder` of
-datasets), or with COCO annotations; or shards, by the flag that the training scripts have for them.
+datasets), or with COCO annotations; a data set that `datasets` has saved, or parquet files with pictures in them; or
+shards, by the flag that the training scripts have for them.
 
 The work is cut into jobs, each of which depends on the source and the flags alone: however many processes share them,
 and however often they are stopped and started again, the shards are the same to the byte. Until all jobs are done,
@@ -46,6 +47,8 @@ import tarfile
 import tempfile
 import textwrap
 import time
+import unicodedata
+import urllib.parse
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +62,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from diffusers import AutoencoderKL
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from safetensors.torch import save as save_tensors
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
@@ -68,13 +71,13 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
 # ------------------------------------------------------------------------------------------------------- arguments
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 INTERPOLATION = {k: Image.Resampling[k.upper()] for k in "bilinear bicubic box nearest hamming lanczos".split()}
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 INTERPOLATION["nearest_exact"] = Image.Resampling.NEAREST  # which is exact in PIL
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -84,13 +87,19 @@ INDIFFERENT.add("skip_unreadable_shards")
 SECRET = {"train_shards_path_or_url", "encode"}  # flags that may hold one
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def fail(message):
     """Ends the process with one line that says what to do, instead of a traceback."""
     raise SystemExit(f"error: {message}")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
+def first_line(error):
+    """The first line of what an exception says, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# Copied from the engine
 def number(kind, low, high=math.inf):
     """An argparse type: a number within [low, high]."""
 
@@ -104,10 +113,13 @@ def number(kind, low, high=math.inf):
 
 
 def add_source_args(parser):
-    add = parser.add_argument_group("source (a folder or shards)").add_argument
+    add = parser.add_argument_group("source (a folder, a data set or shards)").add_argument
     add("--image_folder", metavar="DIR", help="pictures; captions in .txt beside them or in metadata.jsonl/csv")
     add("--coco_annotations", nargs="+", metavar="JSON", help="captions of --image_folder instead, all of each picture")
-    add("--caption_column", help="of metadata files (default: text, caption or captions)")
+    add("--dataset", nargs="+", metavar="PATH", help="folders of Hugging Face's datasets (save_to_disk), folders with "
+        "parquet files, or parquet and arrow files, with a column of pictures; needs pyarrow")  # fmt: skip
+    add("--image_column", help="of --dataset (default: the one that holds pictures)")
+    add("--caption_column", help="of metadata files and --dataset (default: text, caption or captions)")
     add("--default_caption", metavar="TEXT", help="caption of the pictures that have none (default: they are skipped)")
     add("--train_shards_path_or_url", nargs="+", metavar="SHARDS",
         help="tar shards: brace patterns, paths, URLs, pipe: commands, or a .txt list with one a line")  # fmt: skip
@@ -120,6 +132,8 @@ def add_picture_args(parser):
     add = parser.add_argument_group("pictures").add_argument
     add("--min_image_size", type=number(int, 0), default=0, help="skip pictures with a smaller side; in buckets, those "
         "above it may be enlarged, at 0 none")  # fmt: skip
+    add("--min_megapixels", type=number(float, 0), help="skip pictures of a smaller area, in millions of pixels")
+    add("--max_megapixels", type=number(float, 0), help="skip pictures of a larger area, in millions of pixels")
     add("--max_pwatermark", type=float, default=0.5, help="skip samples whose JSON gives a higher pwatermark")
     add("--resolution", type=number(int, 1), default=512, help="side of the squares, or root of the buckets' area")
     add("--aspect_ratio_buckets", action="store_true", help="shards of one size each, nearest to the pictures' shape")
@@ -144,7 +158,6 @@ def add_encode_args(parser):
     add("--keep_images", action="store_true", help="keep the cropped pictures in encoded shards")
 
 
-# Variant of train_lcm_distill_sd_wds.py: other arguments
 def add_output_args(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", help="folder of the shards")
@@ -155,7 +168,7 @@ def add_output_args(parser):
     add("--contact_sheet", metavar="PNG", default="contact_sheet.png", help="picture that --check draws")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
@@ -164,34 +177,35 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if is_empty else super()._get_help_string(action)
 
 
-# Variant of train_lcm_distill_sd_wds.py: other arguments
 def parse_args(argv=None):
     """Reads the command line and refuses what can be known to be wrong without opening a file."""
     formatter = functools.partial(HelpFormatter, max_help_position=44, width=120)
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@",
-        usage="%(prog)s (--image_folder DIR | --train_shards_path_or_url SHARDS) (--output_dir DIR | --check) [flags]",
+        usage="%(prog)s (--image_folder DIR | --dataset PATH | --train_shards_path_or_url SHARDS) "
+              "(--output_dir DIR | --check) [flags]",
     )  # fmt: skip
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line.removeprefix("\ufeff"), comments=True)
     for add_group in (add_source_args, add_picture_args, add_encode_args, add_output_args):
         add_group(parser)
     try:
         args = parser.parse_args(argv)
     except ValueError as error:  # of shlex or a codec
         parser.error(f"an @file with flags cannot be read: {error}")
-    if (args.image_folder is None) == (args.train_shards_path_or_url is None):
-        parser.error("give either --image_folder or --train_shards_path_or_url")
-    if args.coco_annotations and not args.image_folder:
-        parser.error("--coco_annotations needs --image_folder")
+    if sum(source is not None for source in (args.image_folder, args.dataset, args.train_shards_path_or_url)) != 1:
+        parser.error("give either --image_folder, --dataset or --train_shards_path_or_url")
+    for flag, other in {"coco_annotations": "image_folder", "image_column": "dataset", "random_flip": "encode",
+                        "keep_images": "encode"}.items():  # fmt: skip
+        if getattr(args, flag) and not getattr(args, other):
+            parser.error(f"--{flag} needs --{other}")
     if not args.output_dir and not args.check:
         parser.error("give --output_dir, or --check")
     if args.aspect_ratio_buckets and args.resolution % args.bucket_step:
         parser.error(f"--resolution {args.resolution} is no multiple of --bucket_step {args.bucket_step}")
-    for flag in ("random_flip", "keep_images"):
-        if getattr(args, flag) and not args.encode:
-            parser.error(f"--{flag} needs --encode")
     if args.center_crop and not args.encode and not args.aspect_ratio_buckets:
         parser.error("--center_crop needs --aspect_ratio_buckets or --encode; otherwise pictures are stored uncropped")
+    if (args.min_megapixels or 0) > (math.inf if args.max_megapixels is None else args.max_megapixels):
+        parser.error("--min_megapixels is larger than --max_megapixels")
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.mixed_precision not in DTYPES:
@@ -207,14 +221,15 @@ def parse_args(argv=None):
     return args
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def redact(value):
     """Takes credentials out of shard URLs and commands before they are written anywhere."""
     if isinstance(value, list):
         return [redact(item) for item in value]
     if not isinstance(value, str):
         return value
-    value = re.sub(r"(?<=://)[^/@\s]+@|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
+    login = r"[^/\s]+@|[^/\s:@]*:(?!\d*(?:[/\s]|$))[^@'\"]*@"  # the latter: passwords with what no URL may hold
+    value = re.sub(rf"(?<=://)(?:{login})|(?<=-u )\S+|(?<=--user )\S+", "…@", value)
     secret = r"\w*(?:token|secret|key|passw|auth|sig|credential|jwt)\w*"
     value = re.sub(rf"(?i)({secret}\s*[:= ]\s*)(?:(?:bearer|basic)\s+)?[^\s&'\"]+", r"\1…", value)
     return re.sub(r"hf_\w{8,}", "…", value)
@@ -223,32 +238,36 @@ def redact(value):
 def public_settings(args):
     """The arguments that decide on the content of the shards, without secrets; of a list of shards also a digest."""
     settings = {k: redact(v) if k in SECRET else v for k, v in vars(args).items() if k not in INDIFFERENT}
-    if args.train_shards_path_or_url:
-        names = "\n".join(map(redact, expand_shards(args.train_shards_path_or_url)))
-        settings["train_shards_path_or_url (all names)"] = hashlib.sha256(names.encode()).hexdigest()
+    if not args.image_folder:
+        flag, names = (
+            "dataset" if args.dataset else "train_shards_path_or_url",
+            "\n".join(map(redact, list_inputs(args))),
+        )
+        settings[f"{flag} (all names)"] = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
     if not args.encode:
         del settings["mixed_precision"]
     return settings
 
 
 # ------------------------------------------------------------------------------------------------- reading samples
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 IMAGE_MEMBERS, CAPTION_MEMBERS = ("jpg", "jpeg", "png", "webp"), ("txt", "text", "caption")
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 MEMBERS = {*IMAGE_MEMBERS, *CAPTION_MEMBERS, "json", "safetensors"}  # nothing else of a shard is ever read
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 MAX_IMAGE_PIXELS, MAX_MEMBER_BYTES = 2**26, 2**28
-OTHER_FORMATS = {"gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jfif", "psd", "svg"}
+OTHER_FORMATS = {"gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2", "psd", "svg"}
 CAPTION_COLUMNS = ("text", "caption", "captions")
+BESIDE = f"needed: {', '.join(CAPTION_MEMBERS)} or json beside it, metadata.jsonl/csv or --coco_annotations"
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 class BadSample(Exception):
     """A sample that is skipped; `args` are one of FILTERS or FAULTS, and a detail for the log."""
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def kill_tree(pid):
     """Kills a process and all that it started, which would outlive it."""
     with contextlib.suppress(psutil.Error):  # it is gone, or another user's
@@ -259,7 +278,7 @@ def kill_tree(pid):
         process.kill()
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 class ShardReader:
     """Reads the process that webdataset starts for a URL or pipe; raises TimeoutError after `timeout` idle seconds."""
 
@@ -271,7 +290,8 @@ class ShardReader:
             raise TimeoutError(f"no data for {self.timeout:g} s")
         data = os.read(self.pipe.stream.fileno(), size)
         if not data and (status := self.pipe.proc.wait(self.timeout)) != 0:
-            raise OSError(f"command ended with status {status}")
+            known = {3: "no URL", 6: "no such host", 7: "refused", 22: "not found, or not allowed"}  # of curl
+            raise OSError(f"command ended with status {status}" + (f": {known[status]}" if status in known else ""))
         return data
 
     def close(self):
@@ -280,9 +300,30 @@ class ShardReader:
         self.pipe.proc.wait()
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
+def quote_url(url):
+    """An http(s) URL as it may be sent: blanks and letters beyond ASCII encoded. Raises ValueError if it is none."""
+    if not re.match("(?i)https?://", url):
+        return url
+    parts = urllib.parse.urlsplit(urllib.parse.quote(url, safe="".join(map(chr, range(33, 127)))))
+    login, at, host = parts.netloc.rpartition("@")
+    host = urllib.parse.unquote(host) if "%" in host else host
+    return parts._replace(netloc=login + at + (host if host.isascii() else host.encode("idna").decode())).geturl()
+
+
+# Copied from the engine
+def open_shard(url, timeout):
+    """Opens a shard as webdataset does: a file, or what the command for its kind of URL writes."""
+    stream = gopen(quote_url(url), "rb")
+    return ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream
+
+
+# Copied from the engine
 def read_members(stream, url):
-    """Yields the wanted members of a tar, as webdataset does; raises OSError where the end mark is missing."""
+    """Yields the wanted members of a tar, as webdataset does.
+
+    Raises OSError where the end mark is missing, or where something follows it.
+    """
     with tarfile.open(fileobj=stream, mode="r|*") as shard:
         for member in shard:
             is_hidden = re.match(r"__[^/]*__(/|$)|(.*/)?\.[^/]*$", member.name)
@@ -293,9 +334,15 @@ def read_members(stream, url):
             shard.members = []  # tarfile would keep them all
         if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
             raise OSError("the archive ends early")
+        yield {}  # the last sample is whole, whatever follows
+        rest = iter(functools.partial(shard.fileobj.read, 1 << 16), b"")
+        is_joined = any(data.strip(b"\0") for data in rest)
+        unpacked = getattr(getattr(shard.fileobj, "cmp", None), "unused_data", b"")  # a gzip's 8 bytes, and another one
+        if is_joined or unpacked[8:].strip(b"\0"):
+            raise OSError("data follow the end mark: archives are joined by tar --concatenate, not by cat")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def read_shard(url, timeout, tries=3):
     """Yields the undecoded samples of a shard: dicts of member name → bytes, plus `__key__`.
 
@@ -312,8 +359,7 @@ def read_shard(url, timeout, tries=3):
     for attempt in range(tries):
         faults.clear()  # a second reading meets them again
         try:
-            stream = gopen(url, "rb")
-            with contextlib.closing(ShardReader(stream, timeout) if isinstance(stream, Pipe) else stream) as stream:
+            with contextlib.closing(open_shard(url, timeout)) as stream:
                 for index, sample in enumerate(group_by_keys(read_members(stream, url), handler=note_duplicate)):
                     if index == done:
                         done += 1
@@ -325,11 +371,71 @@ def read_shard(url, timeout, tries=3):
             if attempt + 1 < tries:
                 time.sleep(2**attempt)
             else:
-                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(str(error)))})
+                faults.append({"__key__": url, "__fault__": BadSample("unreadable shard", redact(first_line(error)))})
     yield from faults
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
+def strip_metadata(data):
+    """An image's bytes without the metadata that a decoder may stumble over, though the pixels are fine.
+
+    Kept are the chunks of a PNG or WebP that say how pixels are to be read, and a JPEG's JFIF, EXIF and Adobe segments.
+    """
+    kept = []
+    if data.startswith(b"\xff\xd8"):
+        place = 2
+        while data[place : place + 1] == b"\xff" and data[place + 1] != 0xDA:  # until the scan begins
+            segment = data[place : place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")]
+            is_metadata = segment[1] == 0xFE or 0xE0 <= segment[1] <= 0xEF
+            kept += [segment] if not is_metadata or segment[1] in (0xE0, 0xE1, 0xEE) else []
+            place += len(segment)
+        return b"".join([data[:2], *kept, data[place:]])
+    if data.startswith(b"\x89PNG"):
+        place, header = 8, 12  # a chunk's name, at 4, begins with a capital where no decoder may pass over it
+        while chunk := data[place : place + header + int.from_bytes(data[place : place + 4], "big")]:
+            kept += [chunk] if chunk[4:5].isupper() or chunk[4:8] in (b"tRNS", b"eXIf") else []
+            place += len(chunk)
+        return b"".join([data[:8], *kept])
+    place = 12
+    while chunk := data[place : place + 8 + (int.from_bytes(data[place + 4 : place + 8], "little") + 1) // 2 * 2]:
+        kept += [chunk] if chunk[:4] in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"EXIF") else []
+        place += len(chunk)
+    body = b"WEBP" + b"".join(kept)
+    return data[:4] + len(body).to_bytes(4, "little") + body
+
+
+# Copied from the engine
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF's orientation
+
+
+# Copied from the engine
+def read_orientation(image):
+    """The orientation, 1 to 8, that the metadata of an image tell: 1 where they do not or cannot be read."""
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except Exception:  # whatever it is: the pixels are fine
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+# Copied from the engine
+def open_image(data, use):
+    """Returns what `use` makes of an opened image; where that fails, of the same without metadata. Raises BadSample."""
+    for strip in (bytes, strip_metadata):
+        try:
+            return use(Image.open(io.BytesIO(strip(data)), formats=("JPEG", "PNG", "WEBP")))
+        except BadSample:
+            raise
+        except Image.DecompressionBombError as error:
+            raise BadSample("image too large", first_line(error)) from error
+        except Exception as error:  # decoders raise almost anything on damaged data
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, Image.UnidentifiedImageError):
+                reason = f"no JPEG, PNG or WebP that can be read, it begins with {data[:8]!r}"
+    raise BadSample("broken image", reason)
+
+
+# Copied from the engine
 def to_rgb(image):
     """Converts every PIL mode to RGB: 16-bit grey scaled, transparency over white, CMYK and palettes resolved."""
     if image.mode.startswith(("I", "F")):
@@ -340,173 +446,468 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def load_image(data, resolution, resample):
     """Decodes image bytes, upright and in RGB, so that the shorter side has `resolution` pixels.
 
     JPEGs are decoded at reduced size where that suffices. Returns the image and its size (width, height) before the
     resize. Raises BadSample.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+
+    def decode(image):
         size, scale = image.size, resolution / min(image.size)
-        too_large = size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS  # as it is, or after the resize
-        if not too_large:
-            is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-            image.draft(None, (resolution, resolution))
-            ImageOps.exif_transpose(image, in_place=True)
-            image = to_rgb(image)
-    except Exception as error:  # decoders raise almost anything on damaged data
-        raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
-    if too_large:
-        raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
-    size = size[::-1] if is_turned else size
+        if size[0] * size[1] * max(1, scale**2) > MAX_IMAGE_PIXELS:  # as it is, or after the resize
+            raise BadSample("image too large", f"{size[0]}x{size[1]} pixels")
+        image.draft(None, (resolution, resolution))
+        image.load()
+        orientation = read_orientation(image)
+        image = image.transpose(TURNS[orientation]) if orientation > 1 else image
+        return to_rgb(image), size[::-1] if orientation > 4 else size
+
+    image, size = open_image(data, decode)
     resized = tuple(round(side * resolution / min(image.size)) for side in image.size)
     return image if image.size == resized else image.resize(resized, resample), size
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def decode_text(data):
     """Text of bytes in UTF-8, or in UTF-16 where they begin as it does; what is neither becomes U+FFFD."""
     return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
+def caption_texts(value):
+    """The captions that a value of JSON holds: a text, a number or a list of them. null, NaN, true, {} … are none."""
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        is_number = isinstance(item, (int, float)) and not isinstance(item, bool) and -math.inf < item < math.inf
+        found += [str(item)] if is_number or isinstance(item, str) else []
+    return found
+
+
+# Copied from the engine
 def read_captions(sample, info):
     """Returns the captions of a sample: its text members, or else `caption`, `captions` or `text` of its JSON."""
     captions = [decode_text(sample[name]) for name in CAPTION_MEMBERS if name in sample]
-    values = [info[name] for name in ("caption", "captions", "text") if info.get(name) is not None]
-    if not captions and values:
-        captions = [str(text) for text in (values[0] if isinstance(values[0], list) else values[:1])]
+    if not captions:
+        captions = next(filter(None, (caption_texts(info.get(name)) for name in ("caption", "captions", "text"))), [])
     return [caption.encode("utf-8", "replace").decode().strip() for caption in captions]  # no lone surrogates
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def check_filters(info, args):
-    """Applies the size and watermark filters to a sample's JSON. What is missing or not a number never rejects."""
+    """Applies the size and watermark filters to a sample's JSON; what is missing or not above 0 never rejects."""
     numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
     for side in ("width", "height"):
-        if (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
+        if 0 < (size := numbers.get(f"original_{side}", numbers.get(side, math.inf))) < args.min_image_size:
             raise BadSample("below min_image_size", f"{side} {size}")
     if (pwatermark := numbers.get("pwatermark", -math.inf)) > args.max_pwatermark:
         raise BadSample("above max_pwatermark", f"pwatermark {pwatermark}")
 
 
-# Copied from train_lcm_distill_sd_wds.py
+# Copied from the engine
 def expand_shards(patterns):
     """Expands brace patterns and `.txt` lists (one shard a line; no `pipe:` commands, which only a user may give)."""
     urls = []
     for pattern in patterns:
-        is_list = pattern.endswith(".txt") and not pattern.startswith("pipe:")
+        is_list, lines = pattern.endswith(".txt") and not pattern.startswith("pipe:"), [pattern]
         try:
-            lines = Path(pattern).read_text(encoding="utf-8").splitlines() if is_list else [pattern]
+            if is_list:
+                data = Path(pattern).read_bytes()
+                lines = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
+                lines = [re.sub(r"^(['\"])(.*)\1$", r"\2", line.strip()) for line in lines]
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
         except (OSError, ValueError) as error:
-            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {error}")
+            reason = getattr(error, "strerror", None) or redact(first_line(error))  # strerror is without the path
+            fail(f"--train_shards_path_or_url {redact(pattern)} cannot be read or expanded: {reason}")
         if is_list and any(url.startswith("pipe:") for url in found):
             fail(f"{pattern}: a list of shards may not hold pipe: commands; give them on the command line")
         urls += found
     return urls or fail("--train_shards_path_or_url names no shard")
 
 
-def read_metadata(path, column):
-    """Reads metadata.jsonl or metadata.csv; returns {file name relative to its folder: captions}."""
+# Copied from the engine
+def describe_lack(sample, wanted):
+    """What a sample needs and what it has, for messages, and by which rule of shards it may have come to that."""
+    found = sorted(name for name in sample if not name.startswith("__"))
+    dotted = [f"{sample['__key__']}.{name}" for name in found if "." in name]
+    rule = "the members of a sample must lie side by side: tar --sort=name"
+    if dotted:
+        rule = f"a key ends at the first dot, also that of {dotted[0]}: rename it"
+    return f"needed: {wanted}; found: {', '.join(found)} ({rule})"
+
+
+def read_file(path, flag=""):
+    """The text of a file in UTF-8 or, by its byte-order mark, UTF-16. Fails at a line that is not; `flag` named it."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            rows = []
-            for number, line in enumerate(text.split("\n"), 1):
-                try:
-                    rows += [json.loads(line)] if line.strip() else []
-                except (ValueError, RecursionError) as error:
-                    fail(f"{path}, line {number}, is no JSON: {error}")
-        else:
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    except (OSError, ValueError, csv.Error) as error:
-        fail(f"{path} cannot be read: {error}")
-    names = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
+        data = Path(path).read_bytes()
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        return fail(f"{flag}{path}, line {line}, cannot be read: it is not UTF-8 ({error.reason}); save it as UTF-8")
+    except OSError as error:
+        return fail(f"{flag}{path} cannot be read: {first_line(error)}")
+
+
+def read_jsonl(path):
+    """Reads metadata.jsonl, an object a line, or one JSON list of them; yields (place for messages, object)."""
+    text, is_list = read_file(path), False
+    with contextlib.suppress(ValueError, RecursionError):
+        is_list = isinstance(content := json.loads(text), list)
+    for number, row in enumerate(content if is_list else text.split("\n"), 1):
+        place = f"row {number}" if is_list else f"line {number}"
+        if not is_list and not row.strip():
+            continue
+        try:
+            row = row if is_list else json.loads(row)
+        except (ValueError, RecursionError) as error:
+            fail(f"{path}, {place}, is no JSON: {error}")
+        if not isinstance(row, dict):
+            fail(f'{path}, {place}, is no object such as {{"file_name": "a.jpg", "text": "a caption"}}')
+        yield place, row
+
+
+def read_csv(path):
+    """Reads metadata.csv as spreadsheets write it, with any of their separators; yields (place for messages, {column:
+    cell or None}), first of the header. Fails at a row that can be read in more than one way.
+    """
+    text, known = read_file(path), ("file_name", *CAPTION_COLUMNS)
+    named = re.match(r"sep=(.)\r?\n", text)
+    text = text[named.end() :] if named else text
+    first, header = next((line for line in text.splitlines() if line.strip()), ""), None
+    fits = (mark for mark in ",;\t|" if "file_name" in [cell.strip(" \"'").lower() for cell in first.split(mark)])
+    separator = named[1] if named else next((mark for mark in fits if mark in first), ",")
+    csv.field_size_limit(MAX_MEMBER_BYTES)  # a process has one
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if header is None and any(cells):
+                header = [cell.lower() if cell.lower() in known else cell for cell in cells]
+                if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
+                    fail(f"{path} has more than one column {twice[0]}")
+                yield "header", dict.fromkeys(filter(None, header))
+            elif any(cells[len(header or cells) :]):
+                fail(f"{path}, line {reader.line_num}, has {len(cells)} cells, its header {len(header)}: put texts "
+                     f"that hold {separator!r} in quotes")  # fmt: skip
+            elif any(cells):
+                row = dict(zip(header, cells, strict=False))
+                yield f"line {reader.line_num}", {name: cell or None for name, cell in row.items() if name}
+    except csv.Error as error:
+        fail(f'{path}, line {reader.line_num}: {error}; quotes within a quoted text are doubled: "a ""red"" fox"')
+
+
+def read_metadata(path, column, bad):
+    """Reads metadata.jsonl or metadata.csv; returns {file name as it stands there: captions}; counts in `bad`."""
+    rows = list(read_jsonl(path) if path.suffix.lower() == ".jsonl" else read_csv(path))
+    names = dict.fromkeys(name for _, row in rows for name in row)
+    if column not in names:  # of a header, capitals do not count
+        column = next((name for name in names if column and name.lower() == column.lower()), column)
     column = column or next((name for name in CAPTION_COLUMNS if name in names), None)
     if rows and not {"file_name", column} <= names.keys():
-        wanted = column or "/".join(CAPTION_COLUMNS)
-        fail(f"{path} needs columns file_name and {wanted} (--caption_column); it has: {', '.join(map(str, names))}")
+        wanted, has = column or "/".join(CAPTION_COLUMNS), ", ".join(map(str, names)) or "none"
+        fail(f"{path} needs columns file_name and {wanted} (--caption_column); it has: {has}")
     found = {}
-    for row in rows:
-        if isinstance(row, dict) and row.get("file_name"):
-            value = row.get(column)
-            captions = found.setdefault(os.path.normpath(str(row["file_name"])), [])
-            captions += [str(text) for text in (value if isinstance(value, list) else [value]) if text is not None]
+    for place, row in rows:
+        if row.get("file_name") not in (None, ""):
+            found.setdefault(str(row["file_name"]), []).extend(caption_texts(row.get(column)))
+        elif place != "header":
+            reject(bad, "no image", f"{path}, {place}, has no file_name")
     return found
 
 
-def read_coco(paths, files):
-    """Reads COCO's caption files; returns {picture: captions}, the pictures by their place among `files` if there."""
-    by_name, found = {}, {}
-    for file in sorted(files):
-        by_name.setdefault(Path(file).name, []).append(file)
+def read_coco(path, bad):
+    """Reads a COCO caption file; returns {file name as it stands there: captions}; counts in `bad`."""
+    try:
+        content = json.loads(read_file(path, "--coco_annotations "))
+        images = {str(image["id"]): image["file_name"] for image in content["images"] if image["file_name"]}
+        notes = [(str(note["image_id"]), note.get("caption")) for note in content["annotations"]]
+        if notes and not any("caption" in note for note in content["annotations"]):
+            raise KeyError("caption")
+    except (ValueError, RecursionError) as error:
+        fail(f"--coco_annotations {path} cannot be read: {error}")
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else "it is built in another way"
+        fail(f"--coco_annotations {path} holds no captions as captions_train2017.json has them: {what}")
+    for image in content["images"]:
+        name, same = image["file_name"], images.get(str(image["id"]))
+        if name and name != same:
+            fail(f"--coco_annotations {path}: the id {image['id']} stands for {name} and for {same}")
+    found = {str(name): [] for name in images.values()}
+    for key, caption in notes:
+        if key in images:
+            found[str(images[key])] += caption_texts(caption)
+        else:
+            reject(bad, "no image", f"{path}: the image_id {key} has a caption but is not listed")
+    return found
 
-    def place(name):
-        same = by_name.get(Path(name).name, [])
-        if name not in files and len(same) > 1:
-            fail(f"--coco_annotations: {name} may be {' or '.join(same[:2])}; give --image_folder one level deeper")
-        return name if name in files or not same else same[0]
 
-    for path in paths:
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-            names = {image["id"]: str(image["file_name"]) for image in content["images"]}
-            notes = [note for note in content["annotations"] if note["caption"] is not None]
-            captions = [(names[note["image_id"]], note["caption"]) for note in notes]
-        except (OSError, ValueError) as error:
-            fail(f"--coco_annotations {path} cannot be read: {error}")
-        except (KeyError, TypeError) as error:
-            fail(f"--coco_annotations {path} holds no captions as captions_train2017.json has them: no {error}")
-        for name in names.values():
-            found.setdefault(name, [])
-        for name, caption in captions:
-            found[name].append(str(caption))
-    return {place(name): texts for name, texts in found.items()}
+def fold(name):
+    """A file's name, alike for what other systems write in its place: \\ for /, other capitals, accents set apart."""
+    return unicodedata.normalize("NFC", os.path.normpath(name.replace("\\", "/"))).casefold()
+
+
+class Listing:
+    """The files below a folder, to be found by the names that other systems and programs give them."""
+
+    def __init__(self, root, files):
+        self.root, self.files, self.alike, self.last = os.path.realpath(root), set(files), {}, {}
+        for file in sorted(files):
+            self.alike.setdefault(fold(file), []).append(file)
+            self.last.setdefault(fold(os.path.basename(file)), []).append(file)
+
+    def find(self, name, folder="", source=None):
+        """The file that is meant by a name in a metadata file of `folder`, or by one of COCO's files (`source`), which
+        may lie anywhere; what would be its path where there is none. Fails where there are several.
+        """
+        if os.path.isabs(name):
+            name, folder = os.path.relpath(name, self.root), ""
+        path = os.path.normpath(os.path.join(folder, name))
+        same = [path] if path in self.files else self.alike.get(fold(os.path.join(folder, name)), [])
+        if source and not same:
+            same = self.last.get(os.path.basename(fold(name)), [])
+        if len(same) > 1:
+            advice = "; give --image_folder one level deeper" if source else ""
+            fail(f"{source or os.path.join(folder, 'metadata')}: {name} may be {' or '.join(same[:2])}{advice}")
+        return same[0] if same else path
+
+
+def walk(root, bad):
+    """Paths below a folder of its files that are not hidden, sorted. Links to folders are followed, but none twice."""
+    files, seen, todo, top = [], set(), deque([root]), os.path.realpath(root)
+
+    def note(error):
+        reject(bad, "unreadable folder", f"{os.path.relpath(error.filename, root)}: {error.strerror}")
+
+    while todo:
+        for folder, folders, names in os.walk(todo.popleft(), onerror=note):
+            real = os.path.realpath(folder)
+            if real in seen or (real != top and f"{top}/".startswith(f"{real.rstrip('/')}/")):
+                folders.clear()  # it is listed, or a link upwards
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # __MACOSX and the like
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            todo += [os.path.join(folder, name) for name in links]  # later: what has a name of its own keeps it
+            folders[:] = [name for name in folders if name not in links]
+            files += [os.path.relpath(os.path.join(folder, name), root) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def is_own_sheet(path, args):
+    """Whether a picture is a contact sheet that --check has drawn."""
+    if path.name not in ("contact_sheet.png", Path(args.contact_sheet).name):
+        return False
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return SHEET_MARK in file.read(100) or path.samefile(args.contact_sheet)
+    return False
+
+
+def list_captions(args, listing, bad):
+    """Captions of --image_folder's metadata files or --coco_annotations: {picture: captions}; counts in `bad`."""
+    captions = {}
+    for source in args.coco_annotations or []:
+        for name, texts in read_coco(source, bad).items():
+            captions.setdefault(listing.find(name, source="--coco_annotations"), []).extend(texts)
+    for file in sorted(listing.files) if not args.coco_annotations else []:
+        name = os.path.basename(file).lower()
+        if name == "metadata.parquet":
+            reject(bad, "unknown format", f"{file}: needed: metadata.jsonl or metadata.csv")
+        if name in ("metadata.jsonl", "metadata.csv", "metadata.tsv"):
+            for name, texts in read_metadata(Path(args.image_folder, file), args.caption_column, bad).items():
+                captions.setdefault(listing.find(name, os.path.dirname(file)), []).extend(texts)
+    return captions
+
+
+def caption_beside(root, file, texts):
+    """Captions in the files beside a picture: its text files, or else a .json, as img2dataset and shards have them."""
+    stem = file.rsplit(".", 1)[0]
+    beside = [texts[name] for kind in CAPTION_MEMBERS if (name := f"{stem}.{kind}") in texts]
+    found = [decode_text((root / name).read_bytes()) for name in beside]
+    if not found and f"{stem}.json" in texts:
+        with contextlib.suppress(ValueError, RecursionError):
+            info = json.loads(decode_text((root / texts[f"{stem}.json"]).read_bytes()))
+            found = read_captions({}, info) if isinstance(info, dict) else []
+    return found
+
+
+def file_kind(file):
+    """The ending of a file's name, of JPEGs by other endings (Windows saves .jfif) as shards have it."""
+    kind = file.rsplit(".", 1)[-1].lower()
+    return "jpg" if kind in ("jfif", "jpe", "pjpeg") else kind
 
 
 def list_folder(args):
     """Finds the pictures of --image_folder; returns [[path below it, captions], …], sorted, and what is rejected."""
-    root, files, bad = Path(args.image_folder), [], {}
+    root, bad = Path(args.image_folder), {}
     if not root.is_dir():
         fail(f"--image_folder {root} is no folder")
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # __MACOSX and the like
-        files += [os.path.relpath(os.path.join(folder, name), root) for name in names if not name.startswith(".")]
-    files = sorted(files)
-    known, kinds = set(files), {file: file.rsplit(".", 1)[-1].lower() for file in files}
+    files = [file for file in walk(root, bad) if not is_own_sheet(root / file, args)]
+    listing, kinds = Listing(root, files), {file: file_kind(file) for file in files}
     pictures = [file for file in files if kinds[file] in IMAGE_MEMBERS]
     if not pictures:
-        hint = " but .tar files: --train_shards_path_or_url?" if "tar" in kinds.values() else ""
+        flags = {"tar": "--train_shards_path_or_url", "parquet": "--dataset", "arrow": "--dataset"}
+        hint = next((f" but .{kind} files: {flag}?" for kind, flag in flags.items() if kind in kinds.values()), "")
         fail(f"--image_folder {root} holds no {', '.join(IMAGE_MEMBERS)}{hint}")
     for file in (file for file in files if kinds[file] in OTHER_FORMATS):
         reject(bad, "unknown format", f"{file}: needed: {', '.join(IMAGE_MEMBERS)}")
-    captions = read_coco(args.coco_annotations, known) if args.coco_annotations else {}
-    for file in files if not args.coco_annotations else []:
-        if Path(file).name in ("metadata.jsonl", "metadata.csv"):
-            for name, texts in read_metadata(root / file, args.caption_column).items():
-                captions.setdefault(os.path.normpath(os.path.join(os.path.dirname(file), name)), []).extend(texts)
+    captions = list_captions(args, listing, bad)
     for name in sorted(captions.keys() - set(pictures)):
         if kinds.get(name) not in OTHER_FORMATS:
             reject(bad, "no image", f"{name} has a caption but is not in the folder")
     if args.coco_annotations:  # which lists the pictures as well
         pictures = [file for file in pictures if file in captions]
-    records, texts = [], {f"{file.rsplit('.', 1)[0]}.{kinds[file]}": file for file in files}  # also of a.TXT
+    records, stems = [], {file.rsplit(".", 1)[0] for file in pictures}
+    texts = {f"{file.rsplit('.', 1)[0]}.{kinds[file]}": file for file in files}  # also of a.TXT
+    alike = {fold(name): file for name, file in texts.items() if file.rsplit(".", 1)[0] not in stems}
+    used = set()
     for file in pictures:
         stem = file.rsplit(".", 1)[0]
-        beside = [texts[name] for kind in CAPTION_MEMBERS if (name := f"{stem}.{kind}") in texts]
+        names = [f"{stem}.{kind}" for kind in (*CAPTION_MEMBERS, "json")]
+        beside = {name: texts.get(name) or alike.get(fold(name)) for name in names}
+        beside = {name: path for name, path in beside.items() if path}
+        used.update(beside.values())
         found = captions.get(file, [])
         try:
             if not found and not args.coco_annotations:
-                found = [decode_text((root / name).read_bytes()) for name in beside]
+                found = caption_beside(root, file, beside)
         except OSError as error:
             reject(bad, "no caption", f"{file}: {error}")
             continue
         records.append([file, found])
+    for file in (file for file in files if kinds[file] in ("txt", "caption") and not args.coco_annotations):
+        if file not in used:
+            reject(bad, "no image", f"{file} may be a caption, but there is no picture beside it")
     return records, bad
+
+
+# --------------------------------------------------------------------------------------------- sets of Hugging Face
+def table_files(folder):
+    """The parquet and arrow files of a folder, in order. Fails where they are several splits of a data set."""
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads(read_file(folder / "dataset_dict.json"))["splits"]
+            if len(splits) != 1:
+                fail(
+                    f"--dataset {folder} has the splits {', '.join(splits)}: give one of them, as {folder / splits[0]}"
+                )
+            return table_files(folder / splits[0])
+        if (folder / "state.json").is_file():  # save_to_disk
+            state = json.loads(read_file(folder / "state.json"))
+            if state.get("_indices_files") or state.get("_indices_data_files"):
+                fail(f"--dataset {folder} is a selection of its rows: save it again, after flatten_indices()")
+            return [folder / file["filename"] for file in state["_data_files"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"--dataset {folder} is not as save_to_disk writes it: {type(error).__name__}: {error}")
+    files = [Path(folder, file) for file in walk(folder, {}) if file.endswith((".parquet", ".arrow"))]
+    files = [file for file in files if not file.name.startswith("cache-")]  # what `datasets` keeps of map and filter
+    parts = {file.parent / re.sub(r"(-\d+-of-\d+.*|\d+)$", "", file.stem): file for file in files}
+    if len(parts) > 1:
+        names = ", ".join(str(part.relative_to(folder)) for part in list(parts)[:5])
+        fail(f"--dataset {folder} holds more than one split or set ({names}): name the files or a folder within it")
+    return files or fail(f"--dataset {folder} holds no .parquet or .arrow files")
+
+
+def open_table(path):
+    """Opens a parquet or arrow file; returns its schema and an iterator of its record batches."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        fail(f"--dataset needs pyarrow, which cannot be imported here ({error}): pip install pyarrow")
+    if str(path).endswith(".parquet"):
+        table = pyarrow.parquet.ParquetFile(path)
+        return table.schema_arrow, table.iter_batches(batch_size=64)
+    source = pyarrow.memory_map(str(path))
+    if source.read(6) == b"ARROW1":
+        table = pyarrow.ipc.open_file(source)
+        return table.schema, (table.get_batch(index) for index in range(table.num_record_batches))
+    source.seek(0)
+    table = pyarrow.ipc.open_stream(source)
+    return table.schema, iter(table)
+
+
+def choose_columns(schema, path, args):
+    """The names of a table's columns of pictures and of captions, the latter or None. Fails where it has none."""
+    kinds = {field.name: str(field.type) for field in schema}
+    structs, flat, paths = ([name for name, kind in kinds.items() if re.match(wanted, kind)] for wanted in (
+        r"struct<(.*, )?bytes: (large_)?binary", "(large_)?binary", "(large_)?string"))  # fmt: skip
+    named = {name for name in kinds if name.lower() in ("image", "img", "picture", *IMAGE_MEMBERS)}
+    found = structs or [name for name in flat if name in named] or [name for name in paths if name in named]
+    image = args.image_column or (found[0] if len(found) == 1 else None)
+    if image not in (*structs, *flat, *paths):
+        may_be = " or ".join(found or structs + flat) or "none of these holds pictures or paths of pictures"
+        fail(f"--dataset {path} needs an --image_column ({may_be}); columns: {', '.join(kinds) or 'none'}")
+    caption = args.caption_column or next((name for name in (*CAPTION_COLUMNS, "txt") if name in kinds), None)
+    if caption not in kinds and (args.caption_column or args.default_caption is None):
+        fail(f"--dataset {path} needs a --caption_column, or --default_caption; columns: {', '.join(kinds)}")
+    return image, caption
+
+
+def list_tables(args):
+    """The files of --dataset, in order; fails if one cannot be read or lacks a column."""
+    files = []
+    for path in map(Path, args.dataset):
+        files += table_files(path) if path.is_dir() else [path]
+    for path in files:
+        if path.suffix not in (".parquet", ".arrow", ".feather"):
+            fail(f"--dataset {path} is no folder, and no .parquet or .arrow file")
+        try:
+            choose_columns(open_table(path)[0], path, args)
+        except (OSError, ValueError) as error:  # pyarrow's among them
+            fail(f"--dataset {path} cannot be read: {first_line(error)}")
+    return list(map(str, files))
+
+
+def picture_bytes(value, folder):
+    """The bytes of a picture in a table: as such, as {bytes, path}, or as the path of a file. Raises BadSample."""
+    data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    data, name = (None, data) if isinstance(data, str) else (data, name)
+    if data is not None:
+        return data
+    if not name:
+        raise BadSample("no image", "the row has none")
+    if "://" in name:
+        raise BadSample("no image", f"{redact(name)} is to be downloaded first, by img2dataset for example")
+    path, problem = Path(folder, name), None
+    try:
+        problem = (
+            "is no file" if not path.is_file() else "is too large" if path.stat().st_size > MAX_MEMBER_BYTES else ""
+        )
+        data = b"" if problem else path.read_bytes()
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        raise BadSample("no image", f"{name[:200]!r} {problem}")
+    return data
+
+
+def read_table(path, args):
+    """Yields the rows of a file of --dataset as read_shard yields samples, with other numbers and texts as JSON."""
+    row = 0
+    try:
+        schema, batches = open_table(path)
+        image, caption = choose_columns(schema, path, args)
+        kept = [name for name in schema.names if name not in (image, caption, *CAPTION_COLUMNS, "crop", "source")]
+        for values in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
+            sample = {"__key__": f"{row:06}", "__url__": path, "__needed__": f"needed: a text in the column {caption}"}
+            info = {name: values[name] for name in kept if isinstance(values[name], (str, int, float))}
+            sample["json"] = json.dumps({**info, "captions": caption_texts(values.get(caption))}).encode()
+            try:
+                data = picture_bytes(values[image], Path(path).parent)
+                sample[{b"\x89P": "png", b"RI": "webp"}.get(data[:2], "jpg")] = data
+            except BadSample as bad:
+                sample["__fault__"] = bad
+            yield sample
+            row += 1
+    except Exception as error:  # pyarrow raises many kinds
+        yield {"__key__": path, "__fault__": BadSample("unreadable shard", f"after row {row}: {first_line(error)}")}
+
+
+def list_inputs(args):
+    """The shards of --train_shards_path_or_url, or the files of --dataset."""
+    return list_tables(args) if args.dataset else expand_shards(args.train_shards_path_or_url)
 
 
 def open_item(item, args):
@@ -517,9 +918,9 @@ def open_item(item, args):
     try:
         data = Path(args.image_folder, file).read_bytes()
     except OSError as error:
-        raise BadSample("broken image", str(error.strerror)) from error
+        raise BadSample("broken image", error.strerror or first_line(error)) from error
     info = json.dumps({"captions": captions}).encode()
-    return {"__key__": file, file.rsplit(".", 1)[-1].lower(): data, "json": info}
+    return {"__key__": file, "__needed__": BESIDE, file_kind(file): data, "json": info}
 
 
 def read_sample(sample, args):
@@ -532,13 +933,13 @@ def read_sample(sample, args):
         info = {}
     info = info if isinstance(info, dict) else {}
     check_filters(info, args)
-    found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
     name = next((name for name in IMAGE_MEMBERS if name in sample), None)
     if name is None and not (args.check and "safetensors" in sample):
-        raise BadSample("no image", f"needed: {', '.join(IMAGE_MEMBERS)}; found: {found}")
+        raise BadSample("no image", describe_lack(sample, ", ".join(IMAGE_MEMBERS)))
     captions = read_captions(sample, info) or ([args.default_caption] if args.default_caption is not None else [])
     if not captions:
-        raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} or caption in the json; found: {found}")
+        wanted = f"{', '.join(CAPTION_MEMBERS)} or caption in the json"
+        raise BadSample("no caption", sample.get("__needed__") or describe_lack(sample, wanted))
     return info, captions, name
 
 
@@ -602,21 +1003,41 @@ def choose_size(size, args):
 
 def upright_size(file):
     """The size of an image file, path or stream, after turning it as its EXIF says; decodes some PNGs for that."""
+
+    def measure(image):
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise BadSample("image too large", f"{image.width}x{image.height} pixels")
+        return image.size[::-1] if read_orientation(image) > 4 else image.size
+
     try:
         with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise BadSample("image too large", f"{image.width}x{image.height} pixels")
-            return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
+            return measure(image)
     except BadSample:
         raise
-    except Exception as error:  # decoders raise almost anything on damaged data
-        raise BadSample("broken image", f"{type(error).__name__}: {error}") from error
+    except OSError as error:
+        if error.errno:  # the file's, not the decoder's
+            raise BadSample("broken image", error.strerror) from error
+    except Exception:  # decoders raise almost anything
+        pass
+    return open_image(file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes(), measure)
 
 
 def original_size(info, size):
     """(width, height) before any resize: those of the JSON, as check_filters reads them, or else of the picture."""
     numbers = {name.lower(): value for name, value in info.items() if isinstance(value, (int, float))}
+    numbers = {name: value for name, value in numbers.items() if 0 < value < math.inf}
     return [numbers.get(f"original_{side}", numbers.get(side, size[i])) for i, side in enumerate(("width", "height"))]
+
+
+def check_area(width, height, args):
+    """Applies --min_megapixels and --max_megapixels to the size of a picture before any resize. Raises BadSample."""
+    found = width * height / 1e6
+    for flag, is_bad in {
+        "below min_megapixels": found < (args.min_megapixels or 0),
+        "above max_megapixels": args.max_megapixels is not None and found > args.max_megapixels,
+    }.items():
+        if is_bad:
+            raise BadSample(flag, f"{width}x{height}, {found:.4g} megapixels")
 
 
 def crop_sample(data, source, args):
@@ -660,6 +1081,7 @@ def prepare_sample(item, args):
         place = known or place
     width, height = original_size(info, size)
     check_filters({"width": width, "height": height}, args)
+    check_area(width, height, args)
     info = {key: value for key, value in info.items() if key not in (*CAPTION_COLUMNS, "time_ids", "time_ids_flipped")}
     info |= {"original_width": width, "original_height": height, **place, "captions": captions, "source": source}
     picture = (name.replace("jpeg", "jpg"), data) if data else None
@@ -675,7 +1097,7 @@ class Encoder:
         try:
             self.load(args, DTYPES[args.mixed_precision])
         except (OSError, ValueError) as error:
-            fail(f"--encode {args.encode} cannot be loaded: {str(error).splitlines()[0]}")
+            fail(f"--encode {args.encode} cannot be loaded: {first_line(error)}")
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         flag = "bucket_step" if args.buckets else "resolution"
         if getattr(args, flag) % factor:
@@ -837,7 +1259,7 @@ def plan_folder(args):
 
     def measure(record):
         if not record[1] and args.default_caption is None:
-            raise BadSample("no caption", f"needed: {', '.join(CAPTION_MEMBERS)} beside it, metadata.jsonl/csv or COCO")
+            raise BadSample("no caption", BESIDE)
         return args.buckets and choose_size(upright_size(Path(args.image_folder, record[0])), args), record
 
     (records, rejected), groups = list_folder(args), {}
@@ -853,20 +1275,27 @@ def plan_folder(args):
 
 
 def plan_shards(args):
-    """Cuts the input shards into jobs; names every local one that is missing."""
-    urls, size = expand_shards(args.train_shards_path_or_url), args.group_input_shards
+    """Cuts the input shards, or the files of a data set, into jobs; names every local one that is missing."""
+    urls, size = list_inputs(args), args.group_input_shards
     is_local = {url: not url.startswith("pipe:") and "://" not in url.removeprefix("file:") for url in urls}
     missing = [url for url in urls if is_local[url] and not Path(re.sub("^file:(//)?", "", url)).is_file()]
     if missing and not args.skip_unreadable_shards:
-        fail(f"{len(missing)} of {len(urls)} shards do not exist: {', '.join(missing)}")
+        folder = next((path for path in missing if Path(path).is_dir()), None)
+        hint = f"; {folder} is a folder: give its .tar files" if folder else ""
+        fail(f"{len(missing)} of {len(urls)} shards do not exist: {', '.join(missing)}{hint}")
     return {"jobs": [urls[start : start + size] for start in range(0, len(urls), size)], "rejected": {}}
+
+
+def unit_of(args):
+    """What the progress bar counts."""
+    return "image" if args.image_folder else "file" if args.dataset else "shard"
 
 
 def read_items(items, args, progress):
     """Yields records of a folder as they are and the samples of shards, and moves the bar."""
     for item in items:
         if isinstance(item, str):
-            yield from read_shard(item, args.shard_timeout)
+            yield from read_table(item, args) if args.dataset else read_shard(item, args.shard_timeout)
         else:
             yield item
         progress.update()
@@ -985,7 +1414,7 @@ def write_shards(args):
         plan = json.loads((output / "progress" / "plan.json").read_text()) if args.image_folder else plan_shards(args)
         left = [number for number in range(len(plan["jobs"])) if not record_path(args, number).exists()]
         mine = [number for number in left if number % state.num_processes == state.process_index]
-        options = {"unit": "image" if args.image_folder else "shard", "disable": not state.is_main_process,
+        options = {"unit": unit_of(args), "disable": not state.is_main_process,
                    "desc": f"one of {state.num_processes} processes" if state.num_processes > 1 else None}  # fmt: skip
         with tqdm(total=sum(len(plan["jobs"][number]) for number in mine), **options) as progress:
             if len(left) < len(plan["jobs"]) and state.is_main_process:
@@ -1001,6 +1430,7 @@ def write_shards(args):
 
 # ----------------------------------------------------------------------------------------------------------- check
 SHEET = (8, 6)  # columns and rows of the contact sheet
+SHEET_MARK = b"tEXtSoftware\0prepare_shards.py"  # by which the tool knows it again among the pictures of a folder
 
 
 def inspect_sample(item, args):
@@ -1021,6 +1451,7 @@ def inspect_sample(item, args):
     if name and args.buckets:
         bucket = choose_size(upright_size(io.BytesIO(sample[name])), args)
     check_filters(dict(zip(("width", "height"), original_size(info, size), strict=True)), args)
+    check_area(*original_size(info, size), args)
     return SimpleNamespace(size=size, captions=captions, bucket=bucket, fingerprint=fingerprint, thumbnail=thumbnail)
 
 
@@ -1036,16 +1467,18 @@ def draw_sheet(samples, path):
         pen.multiline_text((x, y + 130), "\n".join(textwrap.wrap(sample.captions[0], 22)[:3]), "black", font, spacing=1)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path, "PNG")
+        mark = PngImagePlugin.PngInfo()
+        mark.add_text("Software", "prepare_shards.py")
+        sheet.save(path, "PNG", pnginfo=mark)
     except OSError as error:
         fail(f"--contact_sheet {path} cannot be written: {error}")
 
 
 def check(args):
     """Reads the whole source (Ctrl-C: what there was so far), prints a table and draws a sheet of random pictures."""
-    items, rejected = list_folder(args) if args.image_folder else (expand_shards(args.train_shards_path_or_url), {})
+    items, rejected = list_folder(args) if args.image_folder else (list_inputs(args), {})
     samples, drawn, rng, room = [], [], random.Random(args.seed), SHEET[0] * SHEET[1]
-    progress = tqdm(total=len(items), unit="image" if args.image_folder else "shard")
+    progress = tqdm(total=len(items), unit=unit_of(args))
     inspect = functools.partial(inspect_sample, args=args)
     with progress, contextlib.suppress(KeyboardInterrupt):
         for found in parallel(inspect, read_items(items, args, progress), args.num_threads):
@@ -1090,7 +1523,6 @@ def print_samples(samples, args):
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-# Variant of train_lcm_distill_sd_wds.py: another task
 def main(argv=None):
     args = parse_args(argv)
     try:
