@@ -1,9 +1,9 @@
-"""Train the demo's teacher, a real small Stable Diffusion, on the emoji shards; two CPU cores and an hour are enough.
+"""Train the demo's teacher, a real small Stable Diffusion, on the shards of drawings; one CPU core and two hours do.
 
-    python demo/train_teacher.py --output_dir demo/teacher --work_dir teacher_run --vae_minutes 10 --unet_minutes 40
+    python demo/train_teacher.py --output_dir demo/teacher --work_dir teacher_run --vae_minutes 18 --unet_minutes 79
 
 The result is an ordinary `StableDiffusionPipeline` folder (CLIP text encoder and tokenizer, AutoencoderKL from 64x64x3
-to 16x16x4, UNet2DConditionModel, SD's noise schedule, epsilon prediction), in fp16, below 14 MB. Two stages, one loop:
+to 16x16x4, UNet2DConditionModel, SD's noise schedule, epsilon prediction), in fp16, 16 MB. Two stages, one loop:
 
 1. The VAE: L1 + 0.5 MSE + 0.5 gradient-L1 + `--kl_weight` KL. Its latents are then centred and given equal spread by
    rewriting the 1x1 convolutions around them; `scaling_factor` = 1 / their standard deviation.
@@ -11,7 +11,9 @@ to 16x16x4, UNet2DConditionModel, SD's noise schedule, epsilon prediction), in f
    noise, latents cached.
 
 Both stages end after a given time, whatever the machine: the learning rate follows the elapsed fraction of the budget.
-Averaged weights (EMA) are saved. Stop at any time; the same command goes on from the checkpoint in `--work_dir`.
+Averaged weights (EMA) are saved. Stop at any time; the same command goes on from the checkpoint in `--work_dir`, and
+with more `--unet_minutes` trains a finished model further. `demo/judge_teacher.py` judges it on held-out pairs.
+Beside other jobs, set `OMP_NUM_THREADS` to `--threads`.
 """
 
 import argparse
@@ -54,8 +56,8 @@ def parse_args(argv=None):
     parser.add_argument("--output_dir", type=Path, default=DEMO / "teacher", help="where the finished pipeline goes")
     parser.add_argument("--work_dir", type=Path, default=Path("teacher_run"), help="checkpoints, log and previews")
     parser.add_argument("--snapshot_dir", type=Path, help="also save a usable pipeline here every few minutes")
-    parser.add_argument("--vae_minutes", type=float, default=10, help="training time of the VAE")
-    parser.add_argument("--unet_minutes", type=float, default=40, help="training time of text encoder and U-Net")
+    parser.add_argument("--vae_minutes", type=float, default=18, help="training time of the VAE")
+    parser.add_argument("--unet_minutes", type=float, default=79, help="training time of text encoder and U-Net")
     parser.add_argument("--snapshot_minutes", type=float, default=10, help="time between checkpoints (and snapshots)")
     parser.add_argument("--vae_batch_size", type=int, default=16)
     parser.add_argument("--unet_batch_size", type=int, default=64)
@@ -132,7 +134,7 @@ def merge_pair(word, pair):
 def build_tokenizer(captions, num_merges=736, length=32):
     """CLIP's tokenizer with merges learnt from the captions; all bytes are tokens, so any prompt can be written.
 
-    The longest caption has 24 tokens. CLIP's own 77 cost a tenth of every step, here and in the students' training.
+    The longest caption has 18 tokens. CLIP's own 77 cost a tenth of every step, here and in the students' training.
     """
     backend = CLIPTokenizer().backend_tokenizer
     texts = [backend.normalizer.normalize_str(caption) for caption in captions]
