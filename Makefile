@@ -18,7 +18,7 @@ lint: .venv/installed
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) tools/copies.py
 
-# each distils the emoji teacher with demo/<method>.args into demo/output-<method>
+# each distils the demo teacher with demo/<method>.args into demo/output-<method>
 demo-lcm demo-long: SCRIPT := train_lcm_distill_sd_wds.py
 demo-tcd: SCRIPT := train_tcd_distill_sd_wds.py
 demo-tcd-lora: SCRIPT := train_tcd_distill_lora_sd_wds.py

@@ -41,7 +41,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 TOOL = ROOT / "tools" / "prepare_shards.py"
-EMOJI = ROOT / "demo" / "shards" / "emoji-00000.tar"
+EMOJI = ROOT / "demo" / "shards" / "train-00000.tar"
 SIZES = [(96, 64), (64, 64), (64, 96), (130, 64), (70, 66), (64, 100), (100, 64)]
 BUCKETS = ("--aspect_ratio_buckets", "--resolution", "64", "--bucket_step", "16", "--image_format", "png")
 
