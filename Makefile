@@ -38,7 +38,7 @@ demo-evaluate: .venv/installed
 	$(PYTHON) tools/evaluate.py --teacher demo/teacher scheduler.timestep_spacing=trailing --guidance_scale 3 \
 		--rows demo/evaluate.yaml --skip_missing --prompts $(PROMPTS) --images_per_prompt $(PICTURES) \
 		--features vae --batch_size 32 --output_dir demo/evaluation
-demo-evaluate: PROMPTS := demo/prompts_evaluation.txt
+demo-evaluate: PROMPTS := demo/prompts_test_full.txt demo/prompts_test_unstyled.txt demo/prompts_test_category.txt
 demo-evaluate: PICTURES := 4
 
 clean:

@@ -2336,7 +2336,7 @@ def validate_size(run, size, suffix):
     if metrics:
         write_metrics(run, metrics)
     start = "teacher" if METHOD.has_teacher else "start"
-    columns = {f"{start} {k}": images["teacher", k] for k in (50, 4, 1) if ("teacher", k) in images}
+    columns = {f"{start} {k}": images["teacher", k] for k in (50, 4, 2, 1) if ("teacher", k) in images}
     columns |= {"untrained 1": images["untrained", 1]} if ("untrained", 1) in images else {}
     columns |= {f"student {k}": sampler.images("target", k, stock=True) for k in steps}
     rows = np.linspace(0, len(sampler.prompts) - 1, min(len(sampler.prompts), MOST_ROWS)).round().astype(int)
