@@ -226,6 +226,56 @@ def test_resume_is_exact(train, tmp_path, flags, before):
     assert any(tensor.dtype == torch.uint8 for tensor in tensors) == ("--use_8bit_adam" in flags)
 
 
+AVERAGED = ["--ema_decay", "0.6", "--export_ema_decay", "0.8"]
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
+@over([LCM, LCM_LORA, "train_ct"], "ema_decay", [0, 0.6])
+def test_the_exported_average_by_hand(case, script, train, tmp_path, ema_decay, offload):
+    """a ← μ a + (1 − μ) θ from the first θ on, beside a target of its own μ; it is exported and resumed to the bit."""
+    if offload and case.is_lora:
+        return
+    flags = ["--ema_decay", str(ema_decay), "--export_ema_decay", "0.8", "--checkpointing_steps", "1",
+             *["--offload_ema"] * offload]  # fmt: skip
+    whole = train(tmp_path / "whole", *flags)
+    states = [{name: load_file(whole / f"checkpoint-{step}" / f"{name}.safetensors") for name in script.NETWORKS}
+              for step in (1, 2, 3, 4)]  # fmt: skip
+    for name, value in states[0]["average"].items():
+        value = value.double()
+        for state in states[1:]:
+            value = 0.8 * value + 0.2 * state["student"][name].double()
+        torch.testing.assert_close(states[-1]["average"][name].double(), value, rtol=1e-5, atol=1e-7)
+    assert differences(states[-1]["average"], states[-1]["target"])
+    assert bool(differences(states[-1]["target"], states[-1]["student"])) == bool(ema_decay)
+    assert not differences(states[-1]["average"], case.weights(whole, "target"))
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", tmp_path / "parts")
+    parts = train(tmp_path / "parts", *flags, "--resume_from_checkpoint", "checkpoint-2")
+    assert_same_end(parts, whole)
+    assert not differences(load_file(parts / "checkpoint-4/average.safetensors"), states[-1]["average"])
+
+
+@over([LCM, LCM_LORA])
+def test_the_exported_average_is_what_is_validated(train, tmp_path):
+    """At a decay of 1 it stays where the student began; and no step is another for it."""
+    flags = ["--validation_steps", "4", *QUICK_VALIDATION]
+    plain = train(tmp_path / "plain", *flags, "--ema_decay", "0.6")
+    still = train(tmp_path / "still", *flags, *AVERAGED[:2], "--export_ema_decay", "1")
+    assert read_losses(plain) == read_losses(still)
+    first, last = (read_metrics(still)[step] for step in (0, -1))
+    assert first["fidelity/target_psnr_k1"] == last["fidelity/target_psnr_k1"] != last["fidelity/student_psnr_k1"]
+    assert read_metrics(plain)[-1]["fidelity/student_psnr_k1"] == last["fidelity/student_psnr_k1"]
+
+
+def test_two_averages_say_what_they_cost(script, start, capfd):
+    for flags, is_said in ((AVERAGED, True), (AVERAGED[2:] + ["--ema_decay", "0"], False), ([], False)):
+        run, said = start(*flags), capfd.readouterr().err
+        size = sum(value.numel() for value in run.models.student.parameters()) * 4 / 2**30
+        assert (f"--export_ema_decay: {size:.2f} GB each, float32" in said) == is_said
+        assert len({id(getattr(run.models, name)) for name in script.NETWORKS}) == 1 + sum(
+            bool(decay) for decay in (run.args.ema_decay, run.args.export_ema_decay))  # fmt: skip
+
+
 def test_resume_inside_a_schedule_and_between_two_logs(train, tmp_path):
     flags = ["--lr_scheduler", "linear", "--lr_warmup_steps", "1", "--logging_steps", "3"]
     whole = train(tmp_path / "whole", *flags)
