@@ -2487,7 +2487,7 @@ def log_metrics(run, clock, progress):
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy", "radam")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PATHS = ("pretrained_teacher_model", "single_file_config", "pretrained_vae_model_name_or_path", "cache_dir",
          "init_from", "init_lora", "train_shards_path_or_url", "output_dir", "resume_from_checkpoint",
@@ -2634,7 +2634,7 @@ def check_args(parser, args):
     """Refuses arguments that contradict each other."""
     if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
         parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
-    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
+    if args.use_8bit_adam and args.optimizer not in (parser.get_default("optimizer"), "adamw", "adamw8bit"):
         parser.error(f"--use_8bit_adam is --optimizer adamw8bit, not {args.optimizer}")
     if args.mixed_precision not in DTYPES:
         parser.error(f"--mixed_precision {args.mixed_precision}, as accelerate's configuration says, is not supported")
@@ -2784,6 +2784,8 @@ def make_optimizer(args, parameters, num_processes):
     adam = {**settings, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(parameters, fused=True, **adam)
+    elif args.optimizer == "radam":
+        optimizer = torch.optim.RAdam(parameters, decoupled_weight_decay=True, **adam)
     elif args.optimizer == "adafactor":
         optimizer = torch.optim.Adafactor(parameters, **settings)
     elif args.optimizer == "prodigy":
@@ -2848,7 +2850,7 @@ def memory_savers(args):
     savers = {"a smaller --train_batch_size": args.train_batch_size > 1,
               "--gradient_checkpointing": not args.gradient_checkpointing,
               "--offload_ema": has_average and not args.offload_ema,
-              "--optimizer adamw8bit": args.optimizer in ("adamw", "prodigy"),
+              "--optimizer adamw8bit": args.optimizer in ("adamw", "prodigy", "radam"),
               "shards that prepare_shards.py encoded (no VAE, no text encoder)": not args.encoded_shards,
               "a smaller --resolution": True}  # fmt: skip
     return [saver for saver, is_unused in savers.items() if is_unused]
