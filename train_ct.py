@@ -11,18 +11,25 @@ tell, the sample itself tells: both points share x_0 and ε. With x_t = α_t x_0
     f(x, t) = c_skip(t) x + c_out(t) x̂_0(x, t)                               c_skip(0) = 1, c_out(0) = 0
 
     --discretization fixed   r = prev(t) on the grid τ_i = (i+1)·(T//N) − 1
-                     ict     min(s0·2^⌊k/K'⌋, s1) levels at step k of K, K' = ⌊K/(log2⌊s1/s0⌋ + 1)⌋, r the next one
-                     ect     r̃ = t̃·(1 − q^(−stage−1)·(1 + k·sigmoid(−b·t̃))) on σ̃, stage + 1 every --ect_stage_steps
+                     ict     min(s0·2^⌊k/K'⌋, s1) levels at step k of K, K' = ⌊K/(log2⌊s1/s0⌋ + 1)⌋, r the next one;
+                             σ̃_i^(1/7) evenly spaced (Karras et al., arXiv:2206.00364, eq. 5), at the nearest times
+                     ect     r̃ = t̃·(1 − q^(−stage−1)·(1 + k·sigmoid(−b·t̃))) on σ̃, stage + 1 every --ect_stage_steps;
+                             made for a pretrained start, and the default there; from scratch that is ict
     --timestep_sampling lognormal   P(t_i) ~ erf((log σ̃_i − m)/(√2 s)) − erf((log σ̃_{i−1} − m)/(√2 s)), iCT eq. 10
-    --loss_type pseudo_huber        d = sqrt(‖·‖² + c²) − c for each sample, c = 0.00054·sqrt(dimension)
+    --loss_type pseudo_huber        d = sqrt(‖·‖² + c²) − c for each sample, c = 0.00108·sqrt(dimension)
     --loss_weighting ict            λ = 1/(σ̃_t − σ̃_r)
 
-θ⁻ is θ (--ema_decay 0, iCT §3.2), or its average. Dropout, where the U-Net has any, masks the same in both branches.
+θ⁻ is θ (--ema_decay 0, iCT §3.2), or its average; --export_ema_decay (iCT: 0.9999, less in short runs) averages what
+is validated and exported. Dropout, where the U-Net has any, masks the same in both branches. m, b and c are those of
+the papers, which are for data of standard deviation 0.5, in units of latents of 1. RAdam without weight decay is
+published for it; norms of the gradient of 10 to 99 are usual. In late stages f(x_t) and f(x_r) differ by less than bf16
+rounds f (0.036 against 0.048 rms at t = 999, r̃ = 63/64 t̃): take fp16, which has a scaler, or float32.
 Launch with
 
     accelerate launch train_ct.py --pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --train_shards_path_or_url="cc12m/{00000..01242}.tar" --max_train_samples=12000000 --max_train_steps=10000 \
-        --train_batch_size=24 --mixed_precision=bf16 --gradient_checkpointing --output_dir=ct-sd15
+        --train_batch_size=24 --mixed_precision=fp16 --gradient_checkpointing --export_ema_decay=0.9993 \
+        --output_dir=ct-sd15
 
 `output_dir` then holds a pipeline with a matching LCMScheduler, or with --lora_rank a LoRA for diffusers, ComfyUI and
 A1111. In metrics.jsonl `trajectory_gap`, on the starting model's trajectories, and
@@ -181,32 +188,36 @@ def distance(a, b, loss_type, c):
 METHOD = SimpleNamespace(name="consistency", papers="arXiv:2303.01469, 2310.14189", tag="consistency-training",
                          scheduler=LCMScheduler, has_teacher=False, target_drops=True)  # fmt: skip
 DEFAULTS = {"output_dir": "ct", "tracker_project_name": "ct", "resolution": 512, "lora_rank": 0,
-            "num_ddim_timesteps": 50, "ema_decay": 0.0, "validation_guidance_scale": 1.0}  # fmt: skip
+            "num_ddim_timesteps": 50, "ema_decay": 0.0, "validation_guidance_scale": 1.0, "optimizer": "radam",
+            "adam_weight_decay": 0.0, "max_grad_norm": 100.0}  # fmt: skip
 
 
 def add_method_args(parser):
     add = parser.add_argument_group("consistency training").add_argument
     add("--from_scratch", action="store_true", help="start from a random U-Net of that pipeline's configuration")
     add("--dropout", type=number(float, 0, 1), help="dropout of the U-Net (default: as configured)")
-    add("--discretization", default="ict", choices=["fixed", "ict", "ect"], help="how r follows from t, and the step")
+    add("--discretization", choices=["fixed", "ict", "ect"], help="how r follows from t and the step (default: ect; "
+        "--from_scratch: ict)")  # fmt: skip
     add("--timestep_sampling", default="lognormal", choices=["uniform", "lognormal"], help="distribution of t")
     add("--loss_type", default="pseudo_huber", choices=["l2", "huber", "pseudo_huber"], help="distance d")
     add("--huber_c", type=number(float, 1e-8), default=0.001, help="c of huber, elementwise: sqrt(d² + c²) − c")
-    add("--pseudo_huber_c", type=number(float, 1e-8), default=0.00054, help="c / sqrt(dimension) of pseudo_huber")
+    add("--pseudo_huber_c", type=number(float, 1e-8), default=0.00108, help="c / sqrt(dimension) of pseudo_huber "
+        "(iCT: 0.00054 for data of standard deviation 0.5; latents have 1)")  # fmt: skip
     add("--loss_weighting", default="ict", choices=["none", "ict"], help="λ = 1, or 1/(σ̃_t − σ̃_r)")
     add("--ict_s0", type=number(int, 2), default=10, help="levels at the beginning")
     add("--ict_s1", type=number(int, 2), default=1280, help="levels at the end, at most as many as the model has steps")
     add("--ect_q", type=number(float, 1), default=2.0, help="how fast r comes closer to t from stage to stage")
     add("--ect_k", type=float, default=8.0, help="how much closer to 0 r is at low noise")
-    add("--ect_b", type=float, default=1.0, help="where noise begins to be low")
-    add("--ect_stage_steps", type=number(int, 1), default=1000, help="steps in a stage")
-    add("--lognormal_mean", type=float, default=-1.1, help="m, of log σ̃")
+    add("--ect_b", type=float, default=0.5, help="where noise begins to be low (ECT: 1 for data of deviation 0.5)")
+    add("--ect_stage_steps", type=number(int, 1), help="steps in a stage (default: an eighth of the run)")
+    add("--lognormal_mean", type=float, default=-0.41, help="m, of log σ̃ (iCT: −1.1 for data of deviation 0.5)")
     add("--lognormal_std", type=number(float, 1e-6), default=2.0, help="s, of log σ̃")
     add("--timestep_scaling_factor", type=float, default=10.0, help="s in c_skip and c_out")
 
 
 def check_method_args(parser, args):
-    """Checks the method's arguments."""
+    """Checks the method's arguments, and fills in what depends on others."""
+    args.discretization = args.discretization or ("ict" if args.from_scratch else "ect")
     if args.ict_s0 > args.ict_s1:
         parser.error(f"--ict_s0 {args.ict_s0} is above --ict_s1 {args.ict_s1}")
     if args.from_scratch and (args.lora_rank or args.init_from):
@@ -228,23 +239,55 @@ def ict_levels(args, step, num_train_timesteps):
     return min(args.ict_s0 * 2 ** (step // length), args.ict_s1, num_train_timesteps - 1)
 
 
+def nearest_times(noise, levels):
+    """The times whose σ̃ is nearest to each of the levels."""
+    above = torch.searchsorted(noise, levels).clamp(1, len(noise) - 1)
+    return torch.where(noise[above] - levels < levels - noise[above - 1], above, above - 1)
+
+
+def ict_times(schedule, levels):
+    """The times of that many levels above t = 0, ascending, (levels,): σ̃^(1/ρ) is evenly spaced, ρ = 7.
+
+    Where levels are closer than times, each takes the next free one: there are as many as iCT says.
+    """
+    noise, rho = noise_levels(schedule), 7
+    share = torch.arange(levels + 1, device=noise.device) / levels
+    low, high = noise[0] ** (1 / rho), noise[-1] ** (1 / rho)
+    index = torch.arange(levels + 1, device=noise.device)
+    t = (nearest_times(noise, (low + share * (high - low)) ** rho) - index).cummax(0).values + index
+    return torch.minimum(t, len(noise) - 1 - index.flip(0))[1:]
+
+
+def ect_times(schedule, stage, q, k, b):
+    """r of all times t ≥ 1, (T − 1,): nearest to r̃ among those below t."""
+    noise, t = noise_levels(schedule), torch.arange(1, schedule.num_train_timesteps, device=schedule.grid.device)
+    share = q ** -(stage + 1) * (1 + k * torch.sigmoid(-b * noise[t]))
+    return torch.minimum(nearest_times(noise, (noise[t] * (1 - share)).clamp_min(0)), t - 1)
+
+
+@functools.lru_cache(maxsize=4)  # once a stage: a step has little to do for it, and never waits for the device
+def stage_times(schedule, discretization, stage, *constants):
+    """The times of `curriculum` in a stage: the number of levels of ict, or of ect's stage, from 0."""
+    if discretization == "fixed":
+        # a grid of all times has t = 0, where nothing is to be learnt
+        first = int(schedule.num_train_timesteps // len(schedule.grid) == 1)
+        return schedule.grid[first:], schedule.prev[first:]
+    if discretization == "ict":
+        t = ict_times(schedule, stage)
+        return t, F.pad(t[:-1], (1, 0))
+    return torch.arange(1, schedule.num_train_timesteps, device=schedule.grid.device), ect_times(
+        schedule, stage, *constants)  # fmt: skip
+
+
 def curriculum(schedule, args, step):
     """The times t, ascending, that training visits at this step, and r for each of them; both (levels,)."""
-    total, device = schedule.num_train_timesteps, schedule.grid.device
-    if args.discretization == "fixed":
-        first = int(total // len(schedule.grid) == 1)  # a grid of all times has t = 0, where nothing is to be learnt
-        return schedule.grid[first:], schedule.prev[first:]
+    stage, constants = 0, ()
     if args.discretization == "ict":
-        levels = ict_levels(args, step, total)
-        t = torch.arange(1, levels + 1, device=device) * (total - 1) // levels
-        return t, F.pad(t[:-1], (1, 0))
-    t = torch.arange(1, total, device=device)
-    noise = noise_levels(schedule)
-    share = args.ect_q ** -(step // args.ect_stage_steps + 1) * (1 + args.ect_k * torch.sigmoid(-args.ect_b * noise[t]))
-    r_noise = (noise[t] * (1 - share)).clamp_min(0)
-    above = torch.searchsorted(noise, r_noise).clamp(1, total - 1)
-    nearest = torch.where(noise[above] - r_noise < r_noise - noise[above - 1], above, above - 1)
-    return t, torch.minimum(nearest, t - 1)
+        stage = ict_levels(args, step, schedule.num_train_timesteps)
+    elif args.discretization == "ect":
+        stage = step // (args.ect_stage_steps or max(1, math.ceil(args.max_train_steps / 8)))
+        constants = args.ect_q, args.ect_k, args.ect_b
+    return stage_times(schedule, args.discretization, stage, *constants)
 
 
 def probabilities(schedule, t, args):
