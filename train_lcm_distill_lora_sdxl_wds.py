@@ -218,6 +218,11 @@ def draw(x_0, schedule, args, generator, _step):
     return Draws(eps, index, w)
 
 
+def drawn_times(draws, schedule):
+    """The time t of each sample, (batch,)."""
+    return schedule.grid[draws.index]
+
+
 def consistency_function(net, schedule, x_t, t, c, w, scaling):
     """f(x_t, w, c, t) = c_skip(t) x_t + c_out(t) x̂_0, with f(x, 0) = x; LCM §4.1, σ_data = 0.5, `scaling` = s."""
     x_0, _ = schedule.x0_eps(net(x_t, t, c, w), x_t, t)
@@ -282,6 +287,7 @@ def extra_validation(_run, _images):
 #   add_method_args       its own flags. The engine knows some of them: w_max (0: no unconditional pass), and where
 #   check_method_args     they are there unet_time_cond_proj_dim (a whole U-Net is told w), from_scratch and dropout
 #   draw                  all randomness of a step, as Draws
+#   drawn_times           the time t of each sample that was drawn
 #   consistency_loss      of each sample: a pure function of networks, latents, conditioning and draws
 #   predict_x0            what a student holds for x_0: validation samples with it
 #   scheduler_options     settings of METHOD.scheduler
@@ -341,7 +347,7 @@ class Run:
     skipped_steps: int = 0  # by the gradient scaler of fp16
     stop_signal: int = 0
     host_group: object = None  # of all ranks, over gloo: cards that wait in it do not spin
-    history: list = dataclasses.field(default_factory=list)  # (loss, grad_norm) of the steps since the last log
+    history: list = dataclasses.field(default_factory=list)  # of the steps since the last log, as train_step appends
     references: dict = dataclasses.field(default_factory=dict)  # by size: Sampler and pictures of validate_size
 
 
@@ -356,7 +362,8 @@ def step_generator(run, micro_step):
 def train_step(run):
     """One optimizer step over --gradient_accumulation_steps micro-batches, then the averages of the weights."""
     args, accelerator, models, nets = run.args, run.accelerator, run.models, run.nets
-    loss_sum = torch.zeros((), device=accelerator.device)
+    loss_sum, bins = torch.zeros((), device=accelerator.device), args.log_loss_bins
+    loss_bins = torch.zeros(2, bins, device=accelerator.device)  # sums and counts
     for micro_step in range(args.gradient_accumulation_steps):
         batch, generator = run.reader.next_batch(), step_generator(run, micro_step)
         with accelerator.accumulate(nets["student"].unet):
@@ -364,13 +371,22 @@ def train_step(run):
             draws = draw(x_0, models.schedule, args, generator, run.step)
             loss = consistency_loss(student=nets["student"], target=nets["target"], teacher=nets.get("teacher"),
                                     schedule=models.schedule, x_0=x_0, c=c, uncond=run.uncond, draws=draws,
-                                    args=args).mean()  # fmt: skip
+                                    args=args)  # fmt: skip
+            if bins:
+                loss_bins += sum_by_time(loss.detach(), drawn_times(draws, models.schedule), models.schedule, bins)
+            loss = loss.mean()
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
     grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm or math.inf)
     optimizer_step(run, grad_norm)
     update_averages(models, args)
-    run.history.append(torch.stack([loss_sum, grad_norm]))
+    run.history.append(torch.cat([torch.stack([loss_sum, grad_norm]), loss_bins.flatten()]))
+
+
+def sum_by_time(losses, t, schedule, bins):
+    """Sums and counts of the losses, (batch,), in each of as many equal bins of the time: (2, bins), on the device."""
+    is_in = (t * bins // schedule.num_train_timesteps)[:, None] == torch.arange(bins, device=t.device)
+    return torch.stack([torch.where(is_in, losses[:, None], 0).sum(dim=0), is_in.sum(dim=0)])
 
 
 def optimizer_step(run, grad_norm):
@@ -1973,7 +1989,10 @@ def load_checkpoint(run, state):
         setattr(run, name, state.get(name, 0))
     rank, history = run.accelerator.process_index, state["history"]
     if len(history) == run.accelerator.num_processes:
-        run.history = list(torch.tensor(history[rank], device=run.accelerator.device))
+        rows, width = torch.tensor(history[rank], device=run.accelerator.device), 2 + 2 * run.args.log_loss_bins
+        if rows.ndim == 2 and rows.shape[1] != width:  # other bins than before: what these steps had is left out
+            rows = F.pad(rows[:, :2], (0, width - 2))
+        run.history = list(rows)
     if rank == 0:
         run.reader.skipped.update(state["skipped"])
     logger.info("Resumed from %s", state["path"])
@@ -2444,8 +2463,17 @@ def reduce_skipped(run):
 
 
 def gather_history(run):
-    """(loss, gradient norm) of the steps since the last log: a list (ranks, steps, 2), the same on every rank."""
+    """Loss, gradient norm, and sums and counts of the bins, of the steps since the last log: a list (ranks, steps,
+    2 + 2 bins), the same on every rank.
+    """
     return run.accelerator.gather(torch.stack(run.history)[None]).tolist() if run.history else []
+
+
+def loss_by_time(values, total):
+    """Sums and counts of the bins, (2 bins,) → {"loss/t0-249": their mean, …}, without the bins that had no sample."""
+    (sums, counts), bins = values.view(2, -1).tolist(), len(values) // 2
+    edges = [math.ceil(i * total / bins) for i in range(bins + 1)]
+    return {f"loss/t{edges[i]}-{edges[i + 1] - 1}": sums[i] / counts[i] for i in range(bins) if counts[i]}
 
 
 def log_metrics(run, clock, progress):
@@ -2454,7 +2482,8 @@ def log_metrics(run, clock, progress):
     Ends the run, on all ranks, if ten steps in a row had no finite loss.
     """
     args, accelerator = run.args, run.accelerator
-    losses, grad_norms = torch.tensor(gather_history(run)).mean(dim=0).T
+    history = torch.tensor(gather_history(run))
+    losses, grad_norms = history[..., :2].mean(dim=0).T
     # infinite gradients are usual where the fp16 scaler handles them
     good = losses.isfinite() & (grad_norms.isfinite() | (accelerator.scaler is not None))
     for is_good in good.tolist():
@@ -2479,6 +2508,8 @@ def log_metrics(run, clock, progress):
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
                "free_memory_gb": free / 2**30, "nonfinite_steps": run.nonfinite_steps,
                "skipped": reduce_skipped(run)}  # fmt: skip
+    if args.log_loss_bins:
+        metrics |= loss_by_time(history[:, good, 2:].sum(dim=(0, 1)), run.models.schedule.num_train_timesteps)
     if scale is not None:
         metrics |= {"skipped_steps": run.skipped_steps, "scale": scale}
     run.history.clear()
@@ -2606,6 +2637,8 @@ def add_output_args(parser):
     add("--output_dir", help="folder of the run")
     add("--logging_dir", default="logs", help="tracker files, below --output_dir")
     add("--logging_steps", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (a host sync)")
+    add("--log_loss_bins", type=number(int, 0, 100), default=0, help="also the mean loss in each of as many equal "
+        "ranges of the time t, which shows where it fails (0: none)")  # fmt: skip
     add("--report_to", default="tensorboard", choices=[*LoggerType.list(), "none"], help="tracker")
     add("--tracker_project_name", help="project in the trackers")
     add("--tracker_run_name", help="name of the run in wandb, mlflow and the like")
