@@ -80,6 +80,7 @@ import diffusers
 import numpy as np
 import psutil
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
@@ -103,7 +104,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -1160,14 +1160,12 @@ def check_latents(args, vae, unet):
         fail("a VAE with latents_mean and latents_std is not supported")
 
 
-def tune_unet(unet, args, device, has_adapters):
+def tune_unet(unet, args, device):
     """Applies the flags that make a U-Net faster or smaller."""
     if device.type != "cpu" and args.half_precision_norms:
         keep_norms_in_half(unet)
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    if args.compile and has_adapters and device.type == "cpu":  # with frozen weights inductor's fused attention gets
-        unet.set_attn_processor(AttnProcessor())  # wrong gradients there (torch 2.13)
     if args.compile:
         # student and teacher share code: without this, their different batches would make all sizes dynamic
         unet.compile(dynamic=None if args.bucketed_shards else False)
@@ -1195,7 +1193,9 @@ def load_models(args, teacher, accelerator):
         is_offloaded = model in averages and args.offload_ema or model is vae and args.encoded_shards
         model.to("cpu" if is_offloaded else device, memory_format=torch.channels_last)
     for unet in different:
-        tune_unet(unet, args, device, bool(adapters))
+        tune_unet(unet, args, device)
+    if args.compile:
+        vae.encoder.compile(dynamic=None if args.bucketed_shards else False)
     parameters = {f"{name}_parameters": adapter_parameters(networks[name], adapters[name]) if adapters else
                   list(networks[name].parameters()) for name in chosen_networks(args.export_ema_decay)}  # fmt: skip
     for parameter in parameters["student_parameters"] if "8bit" in args.optimizer else ():
@@ -2374,6 +2374,7 @@ Arguments:
 # -------------------------------------------------------------------------------------------- validation and logging
 DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
                    "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
+MOST_ROWS = 9  # of a grid; of more prompts some are drawn, from the first to the last
 
 
 def load_prompts(args):
@@ -2513,7 +2514,9 @@ def validate_size(run, size, suffix):
     columns = {f"{start} {k}": images["teacher", k] for k in (50, 4, 1) if ("teacher", k) in images}
     columns |= {"untrained 1": images["untrained", 1]} if ("untrained", 1) in images else {}
     columns |= {f"student {k}": sampler.images(exported, k, stock=True) for k in steps}
-    grid = draw_grid({title: column[:: sampler.seeds] for title, column in columns.items()}, sampler.prompts)
+    rows = np.linspace(0, len(sampler.prompts) - 1, min(len(sampler.prompts), MOST_ROWS)).round().astype(int)
+    pictures = {title: column[rows * sampler.seeds] for title, column in columns.items()}
+    grid = draw_grid(pictures, [sampler.prompts[row] for row in rows])
     path = Path(args.output_dir, "validation", f"step-{run.step}{suffix}.png")
     path.parent.mkdir(exist_ok=True)
     grid.save(path)
@@ -2800,7 +2803,8 @@ def add_output_args(parser):
     add("--checkpoints_total_limit", type=number(int, 1), help="checkpoints to keep")
     add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
     add("--validation_steps", type=number(int, 0), default=200, help="steps between validations (0: none)")
-    add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line")
+    add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line; "
+        "pictures show nine of them")  # fmt: skip
     add("--validation_negative_prompt", default="", help="negative prompt of the teacher in validation")
     add("--validation_guidance_scale", type=number(float, 1), help="w + 1 in validation (default: the method's)")
     add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")
@@ -2963,6 +2967,8 @@ def make_accelerator(args):
         torch.use_deterministic_algorithms(True)
     if args.compile:  # a size that comes up anew is compiled anew, but never silently run uncompiled
         torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
+        # or inductor (torch 2.13) may read a LoRA's gradient before it is summed up, and find it zero
+        torch._inductor.config.reorder_for_peak_memory = False
     return accelerator
 
 

@@ -217,7 +217,7 @@ def test_memory_that_runs_out_while_loading(lcm, tiny, shards, tmp_path, monkeyp
 def test_norms_on_a_gpu(lcm, flags, is_half):
     """The device is one by name alone."""
     unet = torch.nn.Sequential(torch.nn.GroupNorm(1, 2), torch.nn.LayerNorm(2))
-    lcm.tune_unet(unet, lcm.parse_args([*MINIMAL, *flags]), SimpleNamespace(type="cuda"), False)
+    lcm.tune_unet(unet, lcm.parse_args([*MINIMAL, *flags]), SimpleNamespace(type="cuda"))
     assert [("forward" in vars(norm)) for norm in unet] == [is_half, is_half]
 
 
@@ -227,8 +227,48 @@ def test_compiled_for_static_shapes_but_of_buckets(lcm, is_bucketed, dynamic):
     unet = SimpleNamespace(compile=given.update)
     args = lcm.parse_args([*MINIMAL, "--compile"])
     args.bucketed_shards = is_bucketed
-    lcm.tune_unet(unet, args, torch.device("cpu"), False)
+    lcm.tune_unet(unet, args, torch.device("cpu"))
     assert given == {"dynamic": dynamic}
+
+
+@pytest.mark.parametrize(("lora", "networks"), [("0", 3), ("2", 1)])
+def test_what_is_compiled(start, monkeypatch, lora, networks):
+    """The U-Nets, of a LoRA the one that all share, and the VAE's encoder; validation's decoder is not."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
+    run = start("--compile", "--lora_rank", lora)
+    assert compiled[-1] is run.models.vae.encoder
+    assert {type(module).__name__ for module in compiled[:-1]} == {"UNet2DConditionModel"}
+    assert len({id(module) for module in compiled[:-1]}) == len(compiled) - 1 == networks
+    run.reader.close()
+
+
+def test_a_compiled_lora_has_the_gradients_of_an_eager_one(lcm, tiny, tmp_path):
+    """Without reorder_for_peak_memory = False, inductor of torch 2.13 gives zeros for some of lora_B."""
+    args = lcm.parse_args([*MINIMAL, "--lora_rank", "2", "--compile", "--output_dir", str(tmp_path)])
+    args.bucketed_shards = False
+    forget_run()
+    lcm.make_accelerator(args)
+    unet = lcm.UNet2DConditionModel.from_pretrained(tiny, subfolder="unet").requires_grad_(False)
+    lcm.add_adapters(unet, args, lcm.StableDiffusion)
+    parameters = lcm.adapter_parameters(unet, "default")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:  # so that the first matrices have gradients, too
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 10
+    unet.to(memory_format=torch.channels_last)
+    x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 16, generator=generator)
+
+    def gradients():
+        unet(x, torch.tensor([3, 700]), encoder_hidden_states=text, return_dict=False)[0].square().mean().backward()
+        found = [parameter.grad.clone() for parameter in parameters]
+        unet.zero_grad()
+        return found
+
+    eager = gradients()
+    lcm.tune_unet(unet, args, torch.device("cpu"))
+    for ours, theirs in zip(gradients(), eager, strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
 # ------------------------------------------------------------------------------------------------- trackers, pictures
@@ -260,3 +300,19 @@ def test_letters_beyond_ascii_have_shapes(lcm, caplog):
     assert lcm.find_font("a fox").getname() == ImageFont.load_default(13).getname() and not caplog.records
     lcm.find_font("fox \U000f0000")
     assert "No font here has 1 letters" in log_of(caplog)
+
+
+def test_a_grid_shows_nine_of_many_prompts(lcm, start, monkeypatch, tmp_path):
+    """From the first to the last, each beside its own pictures."""
+    (tmp_path / "many.txt").write_text("\n".join(f"a {number}" for number in range(25)))
+    flags = "--num_validation_images 1 --validation_num_inference_steps 1 --validation_prompts".split()
+    run, drawn = start(*flags, str(tmp_path / "many.txt")), []
+    picture = lcm.Image.new("L", (1, 1))
+    monkeypatch.setattr(lcm, "draw_grid", lambda *given: drawn.append(given) or picture)
+    lcm.validate_size(run, [16, 16], "")
+    columns, prompts = drawn[0]
+    rows = [0, 3, 6, 9, 12, 15, 18, 21, 24]
+    assert prompts == [f"a {row}" for row in rows]
+    assert torch.equal(columns["teacher 50"], run.references[""]["teacher", 50][rows])
+    assert all(len(pictures) == 9 for pictures in columns.values())
+    run.reader.close()
