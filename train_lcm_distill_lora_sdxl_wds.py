@@ -218,6 +218,11 @@ def draw(x_0, schedule, args, generator, _step):
     return Draws(eps, index, w)
 
 
+def drawn_times(draws, schedule):
+    """The time t of each sample, (batch,)."""
+    return schedule.grid[draws.index]
+
+
 def consistency_function(net, schedule, x_t, t, c, w, scaling):
     """f(x_t, w, c, t) = c_skip(t) x_t + c_out(t) x̂_0, with f(x, 0) = x; LCM §4.1, σ_data = 0.5, `scaling` = s."""
     x_0, _ = schedule.x0_eps(net(x_t, t, c, w), x_t, t)
@@ -282,6 +287,7 @@ def extra_validation(_run, _images):
 #   add_method_args       its own flags. The engine knows some of them: w_max (0: no unconditional pass), and where
 #   check_method_args     they are there unet_time_cond_proj_dim (a whole U-Net is told w), from_scratch and dropout
 #   draw                  all randomness of a step, as Draws
+#   drawn_times           the time t of each sample that was drawn
 #   consistency_loss      of each sample: a pure function of networks, latents, conditioning and draws
 #   predict_x0            what a student holds for x_0: validation samples with it
 #   scheduler_options     settings of METHOD.scheduler
@@ -293,7 +299,9 @@ def extra_validation(_run, _images):
 # export · validation and logging · arguments · main.
 logger = logging.getLogger("train")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-NETWORKS = ("student", "target")  # what is trained, kept in checkpoints and exported
+# what is trained: `average`, which is validated and exported, is the target without --export_ema_decay, and that is the
+# student without --ema_decay
+NETWORKS = ("student", "target", "average")
 # what these say of dropped tensors, check_tensors and load_adapter say; the others of their lines are of no use
 QUIET = ("diffusers.models.modeling_utils", "diffusers.loaders.lora_base", "transformers.modeling_utils",
          "transformers.distributed.tensor_parallel")  # fmt: skip
@@ -327,7 +335,7 @@ class Run:
     args: argparse.Namespace
     accelerator: Accelerator
     models: SimpleNamespace  # of load_models
-    nets: dict  # Denoisers: student, target and, where there is one, teacher
+    nets: dict  # Denoisers: student, target and, where there are such, average and teacher
     optimizer: object  # accelerate's wrapper
     lr_scheduler: object
     reader: object  # BatchReader
@@ -339,7 +347,7 @@ class Run:
     skipped_steps: int = 0  # by the gradient scaler of fp16
     stop_signal: int = 0
     host_group: object = None  # of all ranks, over gloo: cards that wait in it do not spin
-    history: list = dataclasses.field(default_factory=list)  # (loss, grad_norm) of the steps since the last log
+    history: list = dataclasses.field(default_factory=list)  # of the steps since the last log, as train_step appends
     references: dict = dataclasses.field(default_factory=dict)  # by size: Sampler and pictures of validate_size
 
 
@@ -352,9 +360,10 @@ def step_generator(run, micro_step):
 
 
 def train_step(run):
-    """One optimizer step over --gradient_accumulation_steps micro-batches, then the EMA of the target."""
+    """One optimizer step over --gradient_accumulation_steps micro-batches, then the averages of the weights."""
     args, accelerator, models, nets = run.args, run.accelerator, run.models, run.nets
-    loss_sum = torch.zeros((), device=accelerator.device)
+    loss_sum, bins = torch.zeros((), device=accelerator.device), args.log_loss_bins
+    loss_bins = torch.zeros(2, bins, device=accelerator.device)  # sums and counts
     for micro_step in range(args.gradient_accumulation_steps):
         batch, generator = run.reader.next_batch(), step_generator(run, micro_step)
         with accelerator.accumulate(nets["student"].unet):
@@ -362,13 +371,22 @@ def train_step(run):
             draws = draw(x_0, models.schedule, args, generator, run.step)
             loss = consistency_loss(student=nets["student"], target=nets["target"], teacher=nets.get("teacher"),
                                     schedule=models.schedule, x_0=x_0, c=c, uncond=run.uncond, draws=draws,
-                                    args=args).mean()  # fmt: skip
+                                    args=args)  # fmt: skip
+            if bins:
+                loss_bins += sum_by_time(loss.detach(), drawn_times(draws, models.schedule), models.schedule, bins)
+            loss = loss.mean()
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
     grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm or math.inf)
     optimizer_step(run, grad_norm)
-    update_target(models, args)
-    run.history.append(torch.stack([loss_sum, grad_norm]))
+    update_averages(models, args)
+    run.history.append(torch.cat([torch.stack([loss_sum, grad_norm]), loss_bins.flatten()]))
+
+
+def sum_by_time(losses, t, schedule, bins):
+    """Sums and counts of the losses, (batch,), in each of as many equal bins of the time: (2, bins), on the device."""
+    is_in = (t * bins // schedule.num_train_timesteps)[:, None] == torch.arange(bins, device=t.device)
+    return torch.stack([torch.where(is_in, losses[:, None], 0).sum(dim=0), is_in.sum(dim=0)])
 
 
 def optimizer_step(run, grad_norm):
@@ -388,15 +406,20 @@ def optimizer_step(run, grad_norm):
 
 
 @torch.no_grad()
-def update_target(models, args):
-    """θ⁻ ← μ θ⁻ + (1 − μ) θ, all at once, or layer by layer where θ⁻ is kept on the CPU."""
-    if not args.ema_decay:  # θ⁻ is θ
-        return
-    if not args.offload_ema:
-        return torch._foreach_lerp_(models.target_parameters, models.student_parameters, 1 - args.ema_decay)
-    for target, student in zip(models.target_parameters, models.student_parameters, strict=True):
-        moved = target.to(student.device, non_blocking=True).lerp_(student, 1 - args.ema_decay)
-        target.copy_(moved, non_blocking=True)  # on the host when the loss of this step is read there
+def update_averages(models, args):
+    """θ⁻ ← μ θ⁻ + (1 − μ) θ, and so for the average that is exported, with a μ of its own: all weights at once,
+    or layer by layer where averages are kept on the CPU.
+    """
+    for name, decay in {"target": args.ema_decay, "average": args.export_ema_decay}.items():
+        if not decay:  # it is another of the networks
+            continue
+        averages = getattr(models, f"{name}_parameters")
+        if not args.offload_ema:
+            torch._foreach_lerp_(averages, models.student_parameters, 1 - decay)
+            continue
+        for average, student in zip(averages, models.student_parameters, strict=True):
+            moved = average.to(student.device, non_blocking=True).lerp_(student, 1 - decay)
+            average.copy_(moved, non_blocking=True)  # on the host when the loss of this step is read there
 
 
 def train(run):
@@ -765,20 +788,20 @@ def make_student(source, args):
 
 
 def load_unets(args, family, dtype):
-    """Loads teacher (None where the method has none), student, target, and the names of their adapters by network.
+    """Loads teacher (None where the method has none), the NETWORKS, and the names of their adapters by network.
 
-    They are U-Nets of their own, and there are no adapters, or one U-Net: the base of the adapters, frozen. Without
-    --ema_decay the target is the student itself.
+    They are U-Nets of their own, and there are no adapters, or one U-Net: the base of the adapters, frozen.
     """
     dtype = dtype if args.cast_teacher_unet else torch.float32
     if args.lora_rank:
         base = load_unet(args, dtype)
-        return base, base, base, add_adapters(base, args, family)
+        return base, base, base, base, add_adapters(base, args, family)
     teacher = load_unet(args, torch.float32)
     source = load_part(UNet2DConditionModel, args.init_from, subfolder="unet") if args.init_from else teacher
     student = make_student(source, args)
     target = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
-    return teacher.to(dtype).eval() if METHOD.has_teacher else None, student, target, {}
+    average = copy.deepcopy(student).requires_grad_(False).eval() if args.export_ema_decay else target
+    return teacher.to(dtype).eval() if METHOD.has_teacher else None, student, target, average, {}
 
 
 SGM_LAYERS = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
@@ -917,18 +940,18 @@ def make_adapter(unet, args, family):
 
 
 def add_adapters(unet, args, family):
-    """Adds the adapters `default`, the student, and `target`, both float32 and at first the same; returns their names.
-
-    With --ema_decay 0 the target is the student itself.
+    """Adds the adapters `default`, the student, and as asked for `target` and `average`, all float32 and at first the
+    same; returns their names by network.
     """
     load_adapter(unet, args) if args.init_lora else make_adapter(unet, args, family)
     names = {"student": "default", "target": "target" if args.ema_decay else "default"}
-    if args.ema_decay:
+    names["average"] = "average" if args.export_ema_decay else names["target"]
+    for name in {*names.values()} - {"default"}:
         with warnings.catch_warnings():  # of peft: that there are several adapters now
             warnings.simplefilter("ignore", UserWarning)
-            unet.add_adapter(copy.deepcopy(unet.peft_config["default"]), "target")
-        adapter_to_float32(unet, "target")
-        set_peft_model_state_dict(unet, get_peft_model_state_dict(unet, adapter_name="default"), "target")
+            unet.add_adapter(copy.deepcopy(unet.peft_config["default"]), name)
+        adapter_to_float32(unet, name)
+        set_peft_model_state_dict(unet, get_peft_model_state_dict(unet, adapter_name="default"), name)
     unet.set_adapter("default")  # the one that is trained
     unet.train()  # as any network that is trained; dropout is switched by the Denoisers
     for layer in unet.modules():
@@ -997,8 +1020,8 @@ def tune_unet(unet, args, device):
 def load_models(args, teacher, accelerator):
     """Loads all networks of a run to the device, channels-last, with the attention and compilation asked for.
 
-    `student` and `target` are float32 U-Nets and `adapters` is empty, or they are the teacher itself and `adapters`
-    holds the names of their adapters; the others are frozen in the compute precision; `scheduler` is what is exported.
+    The NETWORKS are float32 U-Nets and `adapters` is empty, or they are the teacher itself and `adapters` holds the
+    names of their adapters; the others are frozen in the compute precision; `scheduler` is what is exported.
     """
     dtype, device, family = DTYPES[accelerator.mixed_precision], accelerator.device, teacher.family
     try:
@@ -1007,26 +1030,30 @@ def load_models(args, teacher, accelerator):
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         fail(f"the teacher, the VAE or --init_from cannot be loaded: {first_line(error)}")
     networks = dict(zip(("teacher", *NETWORKS), unets, strict=True))
-    student, target = networks["student"], networks["target"]
+    student = networks["student"]
+    averages = [unet for unet in dict.fromkeys(unets[2:]) if unet is not student]
     check_latents(args, vae, student)
     text_encoders.to("cpu" if args.encoded_shards else device)
     different = [unet for unet in dict.fromkeys(unets) if unet is not None]
     for model in (vae, *different):  # channels-last halves a VAE's time on a CPU, and helps tensor cores
-        is_offloaded = model is target and args.offload_ema or model is vae and args.encoded_shards
+        is_offloaded = model in averages and args.offload_ema or model is vae and args.encoded_shards
         model.to("cpu" if is_offloaded else device, memory_format=torch.channels_last)
     for unet in different:
         tune_unet(unet, args, device)
     if args.compile:
         vae.encoder.compile(dynamic=None if args.bucketed_shards else False)
     parameters = {f"{name}_parameters": adapter_parameters(networks[name], adapters[name]) if adapters else
-                  list(networks[name].parameters()) for name in NETWORKS}  # fmt: skip
+                  list(networks[name].parameters()) for name in chosen_networks(args.export_ema_decay)}  # fmt: skip
     for parameter in parameters["student_parameters"] if "8bit" in args.optimizer else ():
         parameter.data = parameter.data.contiguous()  # as bitsandbytes makes it at every step
-    if args.offload_ema and device.type == "cuda":
-        for parameter in target.parameters():  # in pinned memory, so that the host need not wait for its copies
+    for average in averages if args.offload_ema and device.type == "cuda" else ():
+        for parameter in average.parameters():  # in pinned memory, so that the host need not wait for its copies
             parameter.data = parameter.data.pin_memory()
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
+    if args.ema_decay and args.export_ema_decay:
+        logger.info("Two averages of the weights, of --ema_decay and --export_ema_decay: %.2f GB each, float32",
+                    sum(p.numel() for p in parameters["student_parameters"]) * 4 / 2**30)  # fmt: skip
     zeros = teacher.parts.get("force_zeros_for_empty_prompt", family.zeros_for_empty)
     return SimpleNamespace(family=family, parts=teacher.parts, tokenizers=tokenizers, text_encoders=text_encoders,
                            vae=vae, **networks, adapters=adapters, **parameters, zeros_for_empty=zeros,
@@ -1041,28 +1068,37 @@ def make_scheduler(config, args):
     return METHOD.scheduler(**config | scheduler_options(args))
 
 
+def chosen_networks(export_ema_decay):
+    """Those of the NETWORKS that a run has, and its checkpoints hold."""
+    return NETWORKS if export_ema_decay else NETWORKS[:2]
+
+
 def prepare(models, args, optimizer, accelerator):
     """Gives the networks and the optimizer to accelerate; returns the Denoisers by name, and the optimizer."""
-    wrapped = {"teacher": models.teacher, "target": models.target}
+    names = chosen_networks(args.export_ema_decay)
+    wrapped = {name: getattr(models, name) for name in ("teacher", *names)}
     wrapped["student"], optimizer = accelerator.prepare(models.student, optimizer)
-    if models.target is not models.student:  # autocast as the student; it is on its device already
-        wrapped["target"] = accelerator.prepare_model(models.target, device_placement=False, evaluation_mode=True)
+    for unet in dict.fromkeys([models.target, models.average]):
+        if unet is not models.student:  # autocast as the student; it is on its device already
+            prepared = accelerator.prepare_model(unet, device_placement=False, evaluation_mode=True)
+            wrapped |= {name: prepared for name in names if getattr(models, name) is unet}
     drops = {"student": True, "target": METHOD.target_drops}
     nets = {name: Denoiser(unet, getattr(models, name), models.family, models.adapters.get(name),
                            drops.get(name, False)) for name, unet in wrapped.items() if unet is not None}  # fmt: skip
-    nets["target"].is_offloaded = args.offload_ema
+    for name in names:
+        nets[name].is_offloaded = args.offload_ema and nets[name].base is not models.student
     return nets, optimizer
 
 
 def network_state(models, name):
-    """The tensors of `student` or `target` that a checkpoint holds: of the U-Net or of its adapter."""
+    """The tensors of one of the NETWORKS that a checkpoint holds: of the U-Net or of its adapter."""
     unet, adapter = getattr(models, name), models.adapters.get(name)
     state = get_peft_model_state_dict(unet, adapter_name=adapter) if adapter else unet.state_dict()
     return {key: value.contiguous() for key, value in state.items()}
 
 
 def load_network(models, name, tensors):
-    """Gives `student` or `target` the tensors of a checkpoint. Raises KeyError where they are of other layers."""
+    """Gives one of the NETWORKS the tensors of a checkpoint. Raises KeyError where they are of other layers."""
     unet, adapter = getattr(models, name), models.adapters.get(name)
     if tensors.keys() != network_state(models, name).keys():
         raise KeyError("its network has other layers")
@@ -1840,7 +1876,7 @@ def share(paths, like):
 def write_checkpoint(run, temporary, cursors, history, skipped):
     """Writes the files of a checkpoint and waits until they are on the disk."""
     temporary.mkdir()
-    for name in NETWORKS:
+    for name in chosen_networks(run.args.export_ema_decay):
         save_file(network_state(run.models, name), temporary / f"{name}.safetensors")
     torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
     state = {**{name: getattr(run, name) for name in COUNTERS}, "args": public_args(run.args), "skipped": skipped,
@@ -1885,7 +1921,8 @@ def read_checkpoint(path):
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if missing := {"step", "args", "skipped", "lr_scheduler", "history", "scaler", "stream"} - {*state}:
         raise ValueError(f"state.json has no {', '.join(sorted(missing))}")
-    networks = {name: load_file(path / f"{name}.safetensors") for name in NETWORKS}
+    names = chosen_networks(state["args"].get("export_ema_decay"))
+    networks = {name: load_file(path / f"{name}.safetensors") for name in names}
     optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     return {**state, **networks, "optimizer": optimizer, "path": path}
 
@@ -1937,9 +1974,12 @@ def restore_optimizer(run, state):
 
 def load_checkpoint(run, state):
     """Restores everything `save_checkpoint` wrote; a checkpoint that does not fit the model is named."""
+    names = chosen_networks(run.args.export_ema_decay)
+    if missing := {*names} - {*state}:
+        logger.warning("%s was made without --export_ema_decay: that average begins as its student", state["path"])
     try:
-        for name in reversed(NETWORKS):  # the student last: with --ema_decay 0 both are one network
-            load_network(run.models, name, state[name])
+        for name in reversed(names):  # the student last: with --ema_decay 0 the target is the same network
+            load_network(run.models, name, state["student" if name in missing else name])
         restore_optimizer(run, state)
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"checkpoint {state['path']} is of another model: {first_line(error)}")
@@ -1949,7 +1989,10 @@ def load_checkpoint(run, state):
         setattr(run, name, state.get(name, 0))
     rank, history = run.accelerator.process_index, state["history"]
     if len(history) == run.accelerator.num_processes:
-        run.history = list(torch.tensor(history[rank], device=run.accelerator.device))
+        rows, width = torch.tensor(history[rank], device=run.accelerator.device), 2 + 2 * run.args.log_loss_bins
+        if rows.ndim == 2 and rows.shape[1] != width:  # other bins than before: what these steps had is left out
+            rows = F.pad(rows[:, :2], (0, width - 2))
+        run.history = list(rows)
     if rank == 0:
         run.reader.skipped.update(state["skipped"])
     logger.info("Resumed from %s", state["path"])
@@ -1999,9 +2042,9 @@ def export(run):
         return export_lora(run)
     models.student.save_pretrained(output / "unet_online")
     try:
-        pipe = assemble(run, models.target)
+        pipe = assemble(run, models.average)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        models.target.save_pretrained(output / "unet")
+        models.average.save_pretrained(output / "unet")
         fail(f"the teacher cannot be read again ({first_line(error)}): {output} holds unet and unet_online alone")
     pipe.save_pretrained(output)
     return ["model_index.json", "unet_online/*", *(f"{name}/*" for name, part in pipe.components.items() if part)]
@@ -2033,7 +2076,7 @@ def export_lora(run):
     """
     args, output, models = run.args, Path(run.args.output_dir), run.models
     config, pipeline = models.student.peft_config["default"], models.family.pipeline
-    files = {"target": "pytorch_lora_weights.safetensors", "student": "pytorch_lora_weights_online.safetensors"}
+    files = {"average": "pytorch_lora_weights.safetensors", "student": "pytorch_lora_weights_online.safetensors"}
     metadata = {**config.to_dict(), "lora_dropout": 0.0}  # which is for training alone
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, whose order changes from run to run
     for name, file in files.items():
@@ -2046,7 +2089,7 @@ def export_lora(run):
     if args.export_fused:
         path, source = hub_source(args, "unet")
         pipe = assemble(run, load_part(UNet2DConditionModel, path, **source))
-        pipe.load_lora_weights(output, weight_name=files["target"])
+        pipe.load_lora_weights(output, weight_name=files["average"])
         pipe.fuse_lora()
         pipe.unload_lora_weights()
         pipe.save_pretrained(output / "fused")
@@ -2059,7 +2102,7 @@ def write_kohya(run, path):
 
     All layers get one alpha, since diffusers misreads several; what is then missing in a layer's scale, its B takes.
     """
-    args, family, unet, name = run.args, run.models.family, run.models.target, run.models.adapters["target"]
+    args, family, unet, name = run.args, run.models.family, run.models.average, run.models.adapters["average"]
     tensors, config = {}, unet.peft_config[name]
     for layer, module in unet.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -2133,7 +2176,7 @@ one that the optimizer moved, `*_kohya.safetensors` the EMA one for ComfyUI and 
 
 pipe = DiffusionPipeline.from_pretrained({repository})"""
         files = "`unet` is the EMA network, `unet_online` the one that the optimizer moved."
-    if not args.ema_decay:
+    if not (args.ema_decay or args.export_ema_decay):
         files = "There is no EMA of the weights: both files that hold them hold the same."
     return f"""```python
 {load}
@@ -2255,7 +2298,7 @@ class Sampler:
             yield self.noise[part], {name: value[part] for name, value in self.c.items()}
 
     def images(self, name, steps, stock=False):
-        """Pictures of `teacher` (guided), `untrained` (the teacher as consistency function), `student` or `target`."""
+        """Pictures of `teacher` (guided), `untrained` (the teacher as consistency function) or one of the NETWORKS."""
         args, models, net = self.run.args, self.run.models, self.run.nets["teacher" if name == "untrained" else name]
         schedule, scheduler, weight, parts = models.schedule, models.scheduler, args.validation_guidance_scale - 1, []
         if name == "teacher":  # whose steps need not lie on the trained grid
@@ -2304,9 +2347,10 @@ def validate_size(run, size, suffix):
                 images |= {("teacher", k): sampler.images("teacher", k) for k in sorted({50, *steps})}
                 images |= {("untrained", k): sampler.images("untrained", k) for k in steps}
         metrics = {f"{name}{suffix}": value for name, value in extra_validation(run, images).items()}
-    sampler = images["sampler"]
+    sampler, exported = images["sampler"], chosen_networks(args.export_ema_decay)[-1]
     if not args.from_scratch:
-        images |= {(name, k): sampler.images(name, k) for name in NETWORKS for k in steps}
+        shown = {"student": "student", "target": exported}  # as the figures call it
+        images |= {(name, k): sampler.images(shown[name], k) for name in shown for k in steps}
         found = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
         metrics |= {key.replace("fidelity", f"fidelity{suffix}"): value for key, value in found.items()}
         print_fidelity(found, steps, sampler, args)
@@ -2315,7 +2359,7 @@ def validate_size(run, size, suffix):
     start = "teacher" if METHOD.has_teacher else "start"
     columns = {f"{start} {k}": images["teacher", k] for k in (50, 4, 2, 1) if ("teacher", k) in images}
     columns |= {"untrained 1": images["untrained", 1]} if ("untrained", 1) in images else {}
-    columns |= {f"student {k}": sampler.images("target", k, stock=True) for k in steps}
+    columns |= {f"student {k}": sampler.images(exported, k, stock=True) for k in steps}
     rows = np.linspace(0, len(sampler.prompts) - 1, min(len(sampler.prompts), MOST_ROWS)).round().astype(int)
     pictures = {title: column[rows * sampler.seeds] for title, column in columns.items()}
     grid = draw_grid(pictures, [sampler.prompts[row] for row in rows])
@@ -2422,8 +2466,17 @@ def reduce_skipped(run):
 
 
 def gather_history(run):
-    """(loss, gradient norm) of the steps since the last log: a list (ranks, steps, 2), the same on every rank."""
+    """Loss, gradient norm, and sums and counts of the bins, of the steps since the last log: a list (ranks, steps,
+    2 + 2 bins), the same on every rank.
+    """
     return run.accelerator.gather(torch.stack(run.history)[None]).tolist() if run.history else []
+
+
+def loss_by_time(values, total):
+    """Sums and counts of the bins, (2 bins,) → {"loss/t0-249": their mean, …}, without the bins that had no sample."""
+    (sums, counts), bins = values.view(2, -1).tolist(), len(values) // 2
+    edges = [math.ceil(i * total / bins) for i in range(bins + 1)]
+    return {f"loss/t{edges[i]}-{edges[i + 1] - 1}": sums[i] / counts[i] for i in range(bins) if counts[i]}
 
 
 def log_metrics(run, clock, progress):
@@ -2432,7 +2485,8 @@ def log_metrics(run, clock, progress):
     Ends the run, on all ranks, if ten steps in a row had no finite loss.
     """
     args, accelerator = run.args, run.accelerator
-    losses, grad_norms = torch.tensor(gather_history(run)).mean(dim=0).T
+    history = torch.tensor(gather_history(run))
+    losses, grad_norms = history[..., :2].mean(dim=0).T
     # infinite gradients are usual where the fp16 scaler handles them
     good = losses.isfinite() & (grad_norms.isfinite() | (accelerator.scaler is not None))
     for is_good in good.tolist():
@@ -2457,6 +2511,8 @@ def log_metrics(run, clock, progress):
                "data_wait": run.reader.waited / seconds, "peak_memory_gb": memory / 2**30,
                "free_memory_gb": free / 2**30, "nonfinite_steps": run.nonfinite_steps,
                "skipped": reduce_skipped(run)}  # fmt: skip
+    if args.log_loss_bins:
+        metrics |= loss_by_time(history[:, good, 2:].sum(dim=(0, 1)), run.models.schedule.num_train_timesteps)
     if scale is not None:
         metrics |= {"skipped_steps": run.skipped_steps, "scale": scale}
     run.history.clear()
@@ -2467,7 +2523,7 @@ def log_metrics(run, clock, progress):
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy", "radam")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PATHS = ("pretrained_teacher_model", "single_file_config", "pretrained_vae_model_name_or_path", "cache_dir",
          "init_from", "init_lora", "train_shards_path_or_url", "output_dir", "resume_from_checkpoint",
@@ -2509,7 +2565,7 @@ def add_model_args(parser):
     add("--init_from", help="start from the output folder of an earlier run")
     add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, help="teacher, or a LoRA's base, in the compute "
         "precision (default)")  # fmt: skip
-    add("--offload_ema", action="store_true", help="keep the EMA on the CPU but for its pass and its update")
+    add("--offload_ema", action="store_true", help="keep averages on the CPU but for their passes and updates")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's sdpa")
     add("--compile", action="store_true", help="torch.compile the U-Nets: minutes at the start, faster afterwards")
@@ -2555,6 +2611,8 @@ def add_training_args(parser):
     add = parser.add_argument_group("training").add_argument
     add("--num_ddim_timesteps", type=number(int, 1), help="N, points of the grid of times")
     add("--ema_decay", type=number(float, 0, 1), help="decay of the target network θ⁻; 0: θ itself")
+    add("--export_ema_decay", type=number(float, 0, 1), default=0.0, help="decay of an average that is validated and "
+        "exported instead of θ⁻; 0: θ⁻ is. Both are float32 copies: in memory they add up")  # fmt: skip
     add("--seed", type=int, default=0, help="of data order, noise, timesteps and guidance weights")
     add("--train_batch_size", type=number(int, 1), default=16, help="images a process and micro-step")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-steps in an optimizer step")
@@ -2582,6 +2640,8 @@ def add_output_args(parser):
     add("--output_dir", help="folder of the run")
     add("--logging_dir", default="logs", help="tracker files, below --output_dir")
     add("--logging_steps", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (a host sync)")
+    add("--log_loss_bins", type=number(int, 0, 100), default=0, help="also the mean loss in each of as many equal "
+        "ranges of the time t, which shows where it fails (0: none)")  # fmt: skip
     add("--report_to", default="tensorboard", choices=[*LoggerType.list(), "none"], help="tracker")
     add("--tracker_project_name", help="project in the trackers")
     add("--tracker_run_name", help="name of the run in wandb, mlflow and the like")
@@ -2613,7 +2673,7 @@ def check_args(parser, args):
     """Refuses arguments that contradict each other."""
     if max(args.validation_num_inference_steps) > args.num_ddim_timesteps:
         parser.error("--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps")
-    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
+    if args.use_8bit_adam and args.optimizer not in (parser.get_default("optimizer"), "adamw", "adamw8bit"):
         parser.error(f"--use_8bit_adam is --optimizer adamw8bit, not {args.optimizer}")
     if args.mixed_precision not in DTYPES:
         parser.error(f"--mixed_precision {args.mixed_precision}, as accelerate's configuration says, is not supported")
@@ -2624,8 +2684,8 @@ def check_args(parser, args):
         parser.error("--init_from of a LoRA is --init_lora: give one of them")
     if args.init_from and not Path(args.init_from).is_dir():
         parser.error(f"--init_from {args.init_from} is no folder")
-    if args.offload_ema and (args.lora_rank or not args.ema_decay):
-        parser.error("--offload_ema is for a U-Net with an --ema_decay of its own")
+    if args.offload_ema and (args.lora_rank or not (args.ema_decay or args.export_ema_decay)):
+        parser.error("--offload_ema is for a U-Net with an --ema_decay of its own, or --export_ema_decay")
     for flag in LORA_FLAGS:
         if getattr(args, flag) and not args.lora_rank:
             parser.error(f"--{flag} needs --lora_rank")
@@ -2765,6 +2825,8 @@ def make_optimizer(args, parameters, num_processes):
     adam = {**settings, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(parameters, fused=True, **adam)
+    elif args.optimizer == "radam":
+        optimizer = torch.optim.RAdam(parameters, decoupled_weight_decay=True, **adam)
     elif args.optimizer == "adafactor":
         optimizer = torch.optim.Adafactor(parameters, **settings)
     elif args.optimizer == "prodigy":
@@ -2825,11 +2887,11 @@ def start_run(args, accelerator):
 
 def memory_savers(args):
     """What is still to be tried against an out-of-memory error, by the flags in use."""
-    has_target = args.ema_decay and not args.lora_rank
+    has_average = (args.ema_decay or args.export_ema_decay) and not args.lora_rank
     savers = {"a smaller --train_batch_size": args.train_batch_size > 1,
               "--gradient_checkpointing": not args.gradient_checkpointing,
-              "--offload_ema": has_target and not args.offload_ema,
-              "--optimizer adamw8bit": args.optimizer in ("adamw", "prodigy"),
+              "--offload_ema": has_average and not args.offload_ema,
+              "--optimizer adamw8bit": args.optimizer in ("adamw", "prodigy", "radam"),
               "shards that prepare_shards.py encoded (no VAE, no text encoder)": not args.encoded_shards,
               "a smaller --resolution": True}  # fmt: skip
     return [saver for saver, is_unused in savers.items() if is_unused]

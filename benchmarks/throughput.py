@@ -92,7 +92,7 @@ class Stages:
         self.names, self.has_teacher = names, find(script, "METHOD").has_teacher
         undo = [self.hook(script, attribute, name) for attribute, name in
                 {"encode_images": "VAE", "encode_prompts": "text", "guided_prediction": "teacher",
-                 "log_metrics": "logging", "update_target": "EMA"}.items()]  # fmt: skip
+                 "log_metrics": "logging", "update_averages": "EMA"}.items()]  # fmt: skip
         undo.append(self.hook(find(script, "Denoiser"), "__call__", lambda net, *_: names.get(id(net), "teacher")))
         next_batch = find(reader, "next_batch")
 
@@ -196,7 +196,7 @@ class Probe:
         seconds = {name: stages.totals[name] / steps for name in (*NETWORKS, *OVERHEAD)}
         seconds["rest"] = total / steps - sum(seconds.values())
         unused = {"logging", *(("text", "VAE") if options.encoded else ())}
-        is_used = {"teacher": stages.has_teacher, "EMA": run.args.ema_decay}
+        is_used = {"teacher": stages.has_teacher, "EMA": run.args.ema_decay or run.args.export_ema_decay}
         unused |= {name for name in is_used if not is_used[name]}
         if missing := [name for name, value in seconds.items() if value == 0 and name not in unused]:
             raise SystemExit(f"error: {', '.join(missing)} took no time: the script no longer calls what "

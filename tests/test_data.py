@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import pickle
 import random
 import shutil
@@ -1055,6 +1056,7 @@ CLASSES = {
     "lion8bit": ("bitsandbytes.optim", "Lion8bit"),
     "adafactor": ("torch.optim", "Adafactor"),
     "prodigy": ("prodigyopt", "Prodigy"),
+    "radam": ("torch.optim", "RAdam"),
 }
 
 
@@ -1079,7 +1081,30 @@ def test_the_optimizer_is_of_the_class_that_the_flag_names(script, teacher, name
                                                   ).__name__ == "AdamW8bit"  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["lion8bit", "adafactor", "prodigy"])  # the others: test_train.py
+def test_radam_is_the_papers(script, teacher):
+    """arXiv:1908.03265, Algorithm 2, with decoupled weight decay, in float64: no second moment in the first steps."""
+    args = parse(script, teacher, "--optimizer", "radam", "--learning_rate", 0.1, "--adam_weight_decay", 0.05)
+    weights = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer, _ = script.make_optimizer(args, [weights], 1)
+    theta, m, v, last, kinds = weights.detach().double().numpy().copy(), 0.0, 0.0, 2 / (1 - 0.999) - 1, set()
+    for step in range(1, 13):
+        gradient = np.array([0.3, -1.0, 2.0]) * math.cos(step)
+        weights.grad = torch.from_numpy(gradient).float()
+        optimizer.step()
+        theta *= 1 - 0.1 * 0.05
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        rho = last - 2 * step * 0.999**step / (1 - 0.999**step)
+        kinds.add(rho > 5)
+        rate = 0.1 * m / (1 - 0.9**step)
+        if rho > 5:  # the variance is tractable
+            rectified = math.sqrt((rho - 4) * (rho - 2) * last / ((last - 4) * (last - 2) * rho))
+            rate *= rectified / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        theta -= rate
+    assert kinds == {True, False}
+    np.testing.assert_allclose(weights.detach().numpy(), theta, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lion8bit", "adafactor", "prodigy", "radam"])  # the others: test_train.py
 def test_training_with_it_moves_the_weights_and_resumes_to_the_bit(case, train, resume, pack, name):
     pytest.importorskip(CLASSES[name][0])
     rate = "1" if name == "prodigy" else "1e-3"

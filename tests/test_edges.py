@@ -65,6 +65,20 @@ def test_resume_without_ema_goes_on_from_the_student(script, start, tmp_path):
     assert not differences(script.network_state(run.models, "student"), student) and differences(student, target)
 
 
+@over(EITHER)
+def test_resume_begins_the_exported_average_as_the_student(script, start, tmp_path, capfd):
+    """From a checkpoint without one; and a run that no longer wants it passes over it."""
+    script.train(start(*TWO_STEPS))
+    run = start("--export_ema_decay", "0.5", *RESUME)
+    assert "made without --export_ema_decay: that average begins as its student" in capfd.readouterr().err
+    student = load_file(tmp_path / "started/checkpoint-2/student.safetensors")
+    assert not differences(script.network_state(run.models, "average"), student)
+    assert differences(script.network_state(run.models, "target"), student)
+    script.save_checkpoint(run)
+    run = start(*RESUME)
+    assert run.models.adapters.get("average", "target") == "target" and "average" not in run.nets
+
+
 def test_resume_forgets_lines_that_are_cut_or_without_a_step(script, start, tmp_path):
     script.train(start(*TWO_STEPS))
     with open(tmp_path / "started" / "metrics.jsonl", "a") as file:
@@ -217,7 +231,7 @@ def test_flags_that_argparse_refuses(script, capsys):
         "--validation_step 3": "unrecognized arguments: --validation_step 3",
         "--validation_num_inference_steps 11": "--validation_num_inference_steps must lie in 1 … --num_ddim_timesteps",
         "--lora_rank 4 --lora_alpha 0": "--lora_alpha: 0 does not lie in",
-        "--lora_rank 4 --offload_ema": "--offload_ema is for a U-Net with an --ema_decay of its own",
+        "--lora_rank 4 --offload_ema": "--offload_ema is for a U-Net with an --ema_decay of its own, or",
         "--init_from gone": "--init_from gone is no folder",
         "--use_8bit_adam --optimizer prodigy": "--use_8bit_adam is --optimizer adamw8bit, not prodigy",
         **{f"--lora_rank 0 --{flag}": f"--{flag.split()[0]} needs --lora_rank" for flag in (

@@ -9,6 +9,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -224,6 +226,96 @@ def test_resume_is_exact(train, tmp_path, flags, before):
     assert_same_end(parts, whole)
     tensors = [value for value in read_checkpoint(whole / "checkpoint-4").values() if torch.is_tensor(value)]
     assert any(tensor.dtype == torch.uint8 for tensor in tensors) == ("--use_8bit_adam" in flags)
+
+
+AVERAGED = ["--ema_decay", "0.6", "--export_ema_decay", "0.8"]
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
+@over([LCM, LCM_LORA, "train_ct"], "ema_decay", [0, 0.6])
+def test_the_exported_average_by_hand(case, script, train, tmp_path, ema_decay, offload):
+    """a ← μ a + (1 − μ) θ from the first θ on, beside a target of its own μ; it is exported and resumed to the bit."""
+    if offload and case.is_lora:
+        return
+    flags = ["--ema_decay", str(ema_decay), "--export_ema_decay", "0.8", "--checkpointing_steps", "1",
+             *["--offload_ema"] * offload]  # fmt: skip
+    whole = train(tmp_path / "whole", *flags)
+    states = [{name: load_file(whole / f"checkpoint-{step}" / f"{name}.safetensors") for name in script.NETWORKS}
+              for step in (1, 2, 3, 4)]  # fmt: skip
+    for name, value in states[0]["average"].items():
+        value = value.double()
+        for state in states[1:]:
+            value = 0.8 * value + 0.2 * state["student"][name].double()
+        torch.testing.assert_close(states[-1]["average"][name].double(), value, rtol=1e-5, atol=1e-7)
+    assert differences(states[-1]["average"], states[-1]["target"])
+    assert bool(differences(states[-1]["target"], states[-1]["student"])) == bool(ema_decay)
+    assert not differences(states[-1]["average"], case.weights(whole, "target"))
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", tmp_path / "parts")
+    parts = train(tmp_path / "parts", *flags, "--resume_from_checkpoint", "checkpoint-2")
+    assert_same_end(parts, whole)
+    assert not differences(load_file(parts / "checkpoint-4/average.safetensors"), states[-1]["average"])
+
+
+@over([LCM, LCM_LORA])
+def test_the_exported_average_is_what_is_validated(train, tmp_path):
+    """At a decay of 1 it stays where the student began; and no step is another for it."""
+    flags = ["--validation_steps", "4", *QUICK_VALIDATION]
+    plain = train(tmp_path / "plain", *flags, "--ema_decay", "0.6")
+    still = train(tmp_path / "still", *flags, *AVERAGED[:2], "--export_ema_decay", "1")
+    assert read_losses(plain) == read_losses(still)
+    first, last = (read_metrics(still)[step] for step in (0, -1))
+    assert first["fidelity/target_psnr_k1"] == last["fidelity/target_psnr_k1"] != last["fidelity/student_psnr_k1"]
+    assert read_metrics(plain)[-1]["fidelity/student_psnr_k1"] == last["fidelity/student_psnr_k1"]
+
+
+def test_two_averages_say_what_they_cost(script, start, capfd):
+    for flags, is_said in ((AVERAGED, True), (AVERAGED[2:] + ["--ema_decay", "0"], False), ([], False)):
+        run, said = start(*flags), capfd.readouterr().err
+        size = sum(value.numel() for value in run.models.student.parameters()) * 4 / 2**30
+        assert (f"--export_ema_decay: {size:.2f} GB each, float32" in said) == is_said
+        assert len({id(getattr(run.models, name)) for name in script.NETWORKS}) == 1 + sum(
+            bool(decay) for decay in (run.args.ema_decay, run.args.export_ema_decay))  # fmt: skip
+
+
+@over(SCRIPTS)
+def test_the_loss_by_time(case, script, train, tmp_path, monkeypatch):
+    """Of two samples a step: the mean over their bins is the loss, and the bins are those of their times."""
+    times, plain = [], script.draw
+
+    def draw(x_0, schedule, *given):
+        draws = plain(x_0, schedule, *given)
+        times.append(draws.t if case.name == "train_ct" else (draws.index + 1) * 100 - 1)
+        return draws
+
+    monkeypatch.setattr(script, "draw", draw)
+    lines = [line for line in read_metrics(train(tmp_path, "--log_loss_bins", "3")) if "lr" in line]
+    edges = {0: "t0-333", 1: "t334-666", 2: "t667-999"}
+    for line, t in zip(lines, times, strict=True):
+        found = {key.removeprefix("loss/"): value for key, value in line.items() if key.startswith("loss/")}
+        assert {*found} == {edges[time * 3 // 1000] for time in t.tolist()}
+        assert sum(found.values()) / len(found) == pytest.approx(line["loss"], rel=1e-5)
+
+
+def test_sums_of_losses_by_time(script):
+    t, losses = torch.tensor([0, 249, 250, 999, 600]), torch.tensor([1.0, 2.0, 4.0, 8.0, math.nan])
+    sums, counts = script.sum_by_time(losses, t, SimpleNamespace(num_train_timesteps=1000), 4)
+    assert counts.tolist() == [2, 1, 1, 1] and sums[[0, 1, 3]].tolist() == [3, 4, 8] and sums[2].isnan()
+    sums[2] = counts[2] = 0
+    found = script.loss_by_time(torch.stack([sums, counts]).flatten(), 1000)
+    assert found == {"loss/t0-249": 1.5, "loss/t250-499": 4, "loss/t750-999": 8}
+
+
+def test_resume_between_two_logs_keeps_the_loss_by_time(train, tmp_path):
+    flags = ["--logging_steps", "3", "--log_loss_bins", "4"]
+    whole = train(tmp_path / "whole", *flags)
+    for name, more in (("parts", []), ("other", ["--log_loss_bins", "2"]), ("none", ["--log_loss_bins", "0"])):
+        shutil.copytree(whole / "checkpoint-2", tmp_path / name / "checkpoint-2")
+        parts = train(tmp_path / name, *flags, *more, "--resume_from_checkpoint", "checkpoint-2")
+        lines = [{key: value for key, value in read_metrics(output)[0].items() if key.startswith("loss")}
+                 for output in (parts, whole)]  # fmt: skip
+        assert lines[0] == lines[1] if not more else lines[0]["loss"] == lines[1]["loss"]
+        assert {*lines[0]} - {"loss"} <= {"loss/t0-499", "loss/t500-999"} or name == "parts"
 
 
 def test_resume_inside_a_schedule_and_between_two_logs(train, tmp_path):
