@@ -242,7 +242,8 @@ def test_alpha_is_the_rank_by_default(script, start):
     args = script.parse_args(tiny_args("t", "s", "o", "--lora_rank", "5"))
     assert (args.lora_rank, args.lora_alpha, args.lora_dropout) == (5, None, 0)
     unet = UNet2DConditionModel.from_config({**start().models.student.config})
-    assert script.add_adapters(unet, args, script.StableDiffusion) == {"student": "default", "target": "target"}
+    names = script.add_adapters(unet, args, script.StableDiffusion)
+    assert names == {"student": "default", "target": "target", "average": "target"}
     assert (unet.peft_config["default"].r, unet.peft_config["default"].lora_alpha) == (5, 5)
 
 
