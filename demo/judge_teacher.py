@@ -7,8 +7,8 @@ picture whose latents are nearest to the teacher's, with its caption and distanc
 and for held-out ones:
 
 * the root-mean-square distance of latents (of spread 1) from the teacher's picture to the true one and to the nearest
-  training picture. Below the true picture's own distance to its nearest neighbour it would be a copy. For the scale:
-  how far the VAE alone puts a training picture from itself is 0, two random training pictures are about 1.4 apart;
+  training picture, and from the true one to its own nearest. A copy would be at the VAE's noise from its nearest; for
+  the scale, two unrelated latents of mean 0 would be 1.4 apart;
 * how often the nearest training picture has the prompt's name, category, style, and how often the true one's has;
 * PSNR in dB between the teacher's own 1, 2, 4, 8 steps and its 50 from the same noise, by kind of caption.
 
