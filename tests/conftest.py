@@ -283,6 +283,11 @@ QUICK_VALIDATION = "--validation_prompts a --num_validation_images 1 --validatio
 FORK = multiprocessing.get_context("fork")
 
 
+def renew_threads():
+    """To call first in a fork: PyTorch makes its pool anew, for which the threads that load models would race."""
+    torch.set_num_threads(1)
+
+
 def run_script(arguments, processes=1, script=SCRIPT, cwd=None, timeout=300, python=(), **environment):
     """Runs a script as a user does, in processes of its own; returns the CompletedProcess."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
@@ -325,6 +330,7 @@ def watch_the_end(script):
 
 def run_rank(name, arguments, environment):
     """A run as torchrun would start it, in a fork of this process, which has imported everything."""
+    renew_threads()
     os.environ.update(environment)
     watch_the_end(get_script(name))
     run_main(get_script(name), arguments)

@@ -35,6 +35,7 @@ from conftest import (
     make_shards,
     read_checkpoint,
     read_metrics,
+    renew_threads,
     run_main,
     tiny_args,
     write_shard,
@@ -59,7 +60,7 @@ class Trainer(FORK.Process):
         for descriptor in (1, 2):
             os.dup2(sys.stdout.fileno(), descriptor)
         os.environ.update(self.environment)
-        torch.set_num_threads(1)  # renews the pool after the fork, for which the threads that load models would race
+        renew_threads()
         tqdm.set_lock(threading.RLock())  # its own one is shared with all forks, and a killed fork would keep it
         if self.hook:
             self.hook(self.script, int(self.environment.get("RANK", 0)))
@@ -325,7 +326,7 @@ def test_kill_9_at_random_moments(tiny, shards, start, tmp_path, workers, kills)
     assert_same_end(output, whole, steps)
     assert {path.name for path in output.glob("*checkpoint-*")} == {f"checkpoint-{steps - 1}", f"checkpoint-{steps}"}
     assert "damaged" not in trainer.text()
-    assert done >= kills // 2
+    assert done >= 3  # of each kind, however slow this process is beside the trainer's
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ from conftest import (
     read_checkpoint,
     read_losses,
     read_metrics,
+    renew_threads,
     run_main,
     run_script,
     run_two,
@@ -52,7 +53,12 @@ from safetensors.torch import load_file, save_file
 
 def run_and_kill(run, seconds=120):
     """Calls run() in a fork of this process, which is to kill itself."""
-    child = FORK.Process(target=run)
+
+    def renewed():
+        renew_threads()
+        run()
+
+    child = FORK.Process(target=renewed)
     child.start()
     child.join(seconds)
     assert child.exitcode == -signal.SIGKILL
