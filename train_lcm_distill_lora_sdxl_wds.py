@@ -2855,6 +2855,8 @@ def start_run(args, accelerator):
             unpack_teacher(args)
         accelerator.wait_for_everyone()
     teacher = check_teacher(args)
+    if args.use_fix_crop_and_size and not teacher.family.has_time_ids:
+        logger.warning("--use_fix_crop_and_size is for SDXL, and not used with %s", teacher.family.name)
     load_prompts(args)
     urls = expand_shards(args.train_shards_path_or_url)
     checkpoint = find_checkpoint(args)

@@ -101,6 +101,11 @@ def test_bf16_that_a_card_emulates(lcm, tmp_path, monkeypatch, caplog):
     assert "fp16" in log_of(caplog)
 
 
+def test_a_flag_that_the_model_does_not_use_is_named(start, capsys):
+    start("--use_fix_crop_and_size").reader.close()
+    assert "--use_fix_crop_and_size is for SDXL" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------- resuming, set aside
 
 
