@@ -1955,6 +1955,9 @@ def find_checkpoint(args):
         fail(f"checkpoint {state['path']} was made with --optimizer {made}: go on with that")
     if changed := {name for name, value in known.items() if state["args"].get(name, value) != value} - ignored:
         logger.warning("Resuming with other values than before for: %s", ", ".join(f"--{k}" for k in sorted(changed)))
+    for name in ("lr_scheduler", "lr_warmup_steps"):  # an older script's default was constant: not to change midway
+        if getattr(args, name) is None:
+            setattr(args, name, state["args"].get(name))
     return state
 
 
@@ -1996,6 +1999,10 @@ def load_checkpoint(run, state):
     if rank == 0:
         run.reader.skipped.update(state["skipped"])
     logger.info("Resumed from %s", state["path"])
+    before, steps, schedule = state["args"].get("max_train_steps"), run.args.max_train_steps, run.args.lr_scheduler
+    if before != steps and not schedule.startswith("constant"):
+        logger.warning("The %s schedule of the learning rate, which was over %s steps, is now over %d: it goes on at "
+                       "%.3g", schedule, before, steps, run.optimizer.param_groups[0]["lr"])  # fmt: skip
     if run.step >= run.args.max_train_steps:
         logger.warning("It is at step %d, --max_train_steps is %d: nothing is trained, only exported", run.step,
                        run.args.max_train_steps)  # fmt: skip
@@ -2620,8 +2627,10 @@ def add_training_args(parser):
     add("--max_train_steps", type=number(int, 1), help="optimizer steps in all")
     add("--learning_rate", type=number(float, 0), help="peak learning rate (default: 8e-6, of a LoRA 1e-4)")
     add("--scale_lr", action="store_true", help="multiply it by batch size × accumulation × processes")
-    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="schedule of the learning rate")
-    add("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of linear warm-up (not for 'constant')")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, help="of the learning rate, over --max_train_steps (default: cosine, "
+        "to 0: a rate that stays high ends in poorer pictures; or as the run that is resumed had it)")  # fmt: skip
+    add("--lr_warmup_steps", type=number(int, 0), help="steps of linear warm-up, not of 'constant' (default: a tenth "
+        "of the run, at most 500; or as the run that is resumed had it)")  # fmt: skip
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="8-bit ones need a quarter of the memory")
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--adam_beta1", type=number(float, 0, 0.99999), default=0.9, help="decay of the first moment")
@@ -2867,6 +2876,9 @@ def start_run(args, accelerator):
         images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         samples = args.max_train_samples or count_samples(urls, args)
         args.max_train_steps = args.num_train_epochs * math.ceil(samples / images)
+    args.lr_scheduler = args.lr_scheduler or "cosine"
+    if args.lr_warmup_steps is None:
+        args.lr_warmup_steps = min(500, args.max_train_steps // 10)
     models = load_models(args, teacher, accelerator)
     optimizer, lr_scheduler = make_optimizer(args, models.student_parameters, accelerator.num_processes)
     nets, optimizer = prepare(models, args, optimizer, accelerator)

@@ -34,6 +34,7 @@ from conftest import (
     differences,
     edited,
     ends_with,
+    forget_run,
     over,
     read_checkpoint,
     read_losses,
@@ -213,7 +214,53 @@ def test_learning_rates(train, tmp_path, schedule, factors):
     assert [lr for *_, lr in read_losses(output)] == pytest.approx([6e-4 * factor for factor in factors])
 
 
+def decaying_args(teacher, shards, output, *more):
+    """tiny_args without a schedule: that is the default's."""
+    arguments = tiny_args(str(teacher), shards, output, *more)
+    del arguments[(at := arguments.index("--lr_scheduler")) : at + 2]
+    return arguments
+
+
+@over(SCRIPTS, "steps, warmup", [(9, 0), (40, 4), (100_000, 500)])
+def test_the_rate_decays_by_default(case, script, teacher, shards, tmp_path, steps, warmup):
+    """Warm-up for a tenth of the run, or 500 steps of a long one, then half a cosine to 0."""
+    forget_run()
+    args = script.parse_args(decaying_args(teacher, shards, tmp_path, *case.flags, "--max_train_steps", str(steps)))
+    run = script.start_run(args, script.make_accelerator(args))
+    assert (run.args.lr_scheduler, run.args.lr_warmup_steps) == ("cosine", warmup)
+    (rate,), half = run.lr_scheduler.lr_lambdas, warmup + (steps - warmup) / 2
+    assert [rate(warmup), rate(half), rate(steps)] == pytest.approx([1, 0.5, 0], abs=1e-9)
+    assert not warmup or [rate(0), rate(warmup / 2)] == [0, 0.5]
+
+
 # ---------------------------------------------------------------------------------------------------------- resume
+
+
+@over([LCM, LCM_LORA])
+def test_a_run_that_began_at_a_constant_rate_goes_on_so(straight, script, case, teacher, shards, tmp_path):
+    """Which once was the default: the same command line changes nothing midway. Who asks for a decay gets it."""
+    for name, more in (("same", []), ("asked", ["--lr_scheduler", "cosine", "--lr_warmup_steps", "0"])):
+        shutil.copytree(straight / "checkpoint-2", tmp_path / name / "checkpoint-2")
+        flags = [*case.flags, "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest", *more]
+        shutil.copy(straight / "metrics.jsonl", tmp_path / name)
+        run_main(script, decaying_args(teacher, shards, tmp_path / name, *flags))
+        assert json.loads((tmp_path / name / "args.json").read_text())["lr_scheduler"] == (more or ["", "constant"])[1]
+    assert_same_end(tmp_path / "same", straight)
+    rates = [lr for *_, lr in read_losses(tmp_path / "asked")]
+    assert rates[2:] == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in (3, 4)], abs=1e-9)
+
+
+@over([LCM, LCM_LORA])
+def test_more_steps_than_before_stretch_the_schedule(script, case, teacher, shards, tmp_path, capfd):
+    flags = [*case.flags, "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]
+    run_main(script, decaying_args(teacher, shards, tmp_path, *flags))
+    assert "is now over" not in capfd.readouterr().err
+    run_main(script, decaying_args(teacher, shards, tmp_path, *flags, "--max_train_steps", "8"))
+    said = "The cosine schedule of the learning rate, which was over 4 steps, is now over 8: it goes on at 0.0005"
+    assert said in capfd.readouterr().err
+    rates = [lr for *_, lr in read_losses(tmp_path)]
+    expected = [(1 + math.cos(math.pi * step / (4 if step < 5 else 8))) / 2 * 1e-3 for step in range(1, 9)]
+    assert rates == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("flags, before", [
