@@ -22,6 +22,7 @@ from conftest import (
     LCM_LORA,
     LCM_XL,
     ROOT,
+    SCRIPT,
     SCRIPTS,
     get_script,
     image_bytes,
@@ -165,15 +166,19 @@ def test_pictures_of_a_prompt_are_resampled_together(tool):
     assert means.tolist() == [[2], [20]]
 
 
-def test_psnr_and_sharpness(tool):
+def test_psnr_and_edges(tool):
+    """By hand, and as a training script has them in validation."""
     a, b = random_pictures(2, 12)
-    x, y = (np.asarray(image).astype(float) for image in (a, b))
-    psnr, gradient_a, gradient_b = tool.compare_pair(a, b)
-    assert psnr == pytest.approx(10 * math.log10(255**2 / np.mean((x - y) ** 2)), rel=1e-5)
-    for found, z in ((gradient_a, x), (gradient_b, y)):
-        expected = np.abs(z[1:] - z[:-1]).mean() + np.abs(z[:, 1:] - z[:, :-1]).mean()
-        assert found == pytest.approx(expected / 255, rel=1e-5)
+    x, y = (np.asarray(image).astype(float) / 255 for image in (a, b))
+    psnr, shared, edges = tool.compare_pair(a, b)
+    assert psnr == pytest.approx(-10 * math.log10(np.mean((x - y) ** 2)), rel=1e-5)
+    for found, z in ((shared, x), (edges, y)):
+        rows, columns = (z[1:] - z[:-1]) * (y[1:] - y[:-1]), (z[:, 1:] - z[:, :-1]) * (y[:, 1:] - y[:, :-1])
+        assert found == pytest.approx(rows.mean() + columns.mean(), rel=1e-4, abs=1e-6)
     assert tool.compare_pair(a, a)[0] == pytest.approx(100)
+    tensors = [torch.from_numpy(z).permute(2, 0, 1)[None].float() for z in (x, y)]
+    in_training = get_script(SCRIPT.stem).compare_pairs(*tensors)[0].tolist()
+    assert in_training == pytest.approx([psnr, shared, edges], rel=1e-4, abs=1e-6)
 
 
 @torch.no_grad()
@@ -279,11 +284,11 @@ def test_fidelity(tool, tiny, prompts, tmp_path):
     folder = tmp_path / "out" / "pictures"
     student, teacher = ([Image.open(path) for path in sorted((folder / name).glob("*.png"))]
                         for name in ("student-2", "teacher-3"))  # fmt: skip
-    psnr, gradients, references = np.mean(list(map(tool.compare_pair, student, teacher)), axis=0)
+    psnr, shared, edges = np.mean(list(map(tool.compare_pair, student, teacher)), axis=0)
     figures = report["rows"][5]["figures"]
     assert figures["PSNR, dB"]["value"] == pytest.approx(psnr)
     assert figures["PSNR, dB"]["low"] < psnr < figures["PSNR, dB"]["high"]
-    assert figures["sharpness"]["value"] == pytest.approx(gradients / references)
+    assert figures["edges"]["value"] == pytest.approx(shared / edges)
     look = tool.load_vae_statistics(tiny, "cpu")
     with torch.no_grad():
         a, b = (look(images, None).double().numpy() for images in (student, teacher))

@@ -108,7 +108,7 @@ def test_validation_compares_the_student_with_the_model_it_started_from(case, do
     start, end = (line for line in read_metrics(done.output) if "lr" not in line)
     gaps = {"consistency_gap", "trajectory_gap"} if case.name == CT else set()
     nets = {f"fidelity/{name}" for name in ("teacher", "untrained", "student", "target")}
-    assert start.keys() == end.keys() == gaps | {"step"} | {f"{k}_{f}_k4" for k in nets for f in ("psnr", "sharpness")}
+    assert start.keys() == end.keys() == gaps | {"step"} | {f"{k}_{f}_k4" for k in nets for f in ("psnr", "edges")}
     assert (start["step"], end["step"]) == (0, 3)
     for name in ("student", "target"):
         key = f"fidelity/{name}_psnr_k4"

@@ -615,5 +615,5 @@ def test_fidelity_is_the_psnr_to_the_teachers_fifty_steps_by_prompt_file(lcm):
                                                       "target_psnr_k1", "teacher_psnr_k1")} == {
         "student_psnr_k1": 30, "student_psnr_k1/one": 20, "student_psnr_k1/two": 40, "target_psnr_k1": 20,
         "teacher_psnr_k1": 100}  # fmt: skip
-    sharpness = [found[f"fidelity/{name}_sharpness_k1"] for name in ("teacher", "untrained", "target")]
-    assert sharpness == pytest.approx([1, 0.5, 1], abs=1e-3)
+    edges = [found[f"fidelity/{name}_edges_k1"] for name in ("teacher", "untrained", "target")]
+    assert edges == pytest.approx([1, 0.5, 1], abs=1e-3)

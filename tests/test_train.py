@@ -564,7 +564,7 @@ def test_validation_metrics(showcase):
     lines = [line for line in read_metrics(showcase[0]) if "lr" not in line]
     assert [line["step"] for line in lines] == [0, 2, 4]
     for line in lines:
-        parts = itertools.product(("teacher", "untrained", "student", "target"), ("psnr", "sharpness"), ("k1", "k2"),
+        parts = itertools.product(("teacher", "untrained", "student", "target"), ("psnr", "edges"), ("k1", "k2"),
                                   ("", "/animals", "/plants"))  # fmt: skip
         assert line.keys() == {"step", *(f"fidelity/{net}_{figure}_{k}{group}" for net, figure, k, group in parts)}
     start, *_, end = lines

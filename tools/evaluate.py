@@ -58,8 +58,9 @@ from tqdm.auto import tqdm
 Figure = collections.namedtuple("Figure", "title better digits meaning")
 FIGURES = {
     "psnr": Figure("PSNR, dB", "higher", 2, "to the teacher's picture of the same noise; it rewards blur, so read it "
-                   "with the sharpness"),
-    "sharpness": Figure("sharpness", "nearer to 1", 3, "mean gradient magnitude, relative to the teacher's pictures"),
+                   "with the edges"),
+    "edges": Figure("edges", "nearer to 1", 3, "share of the edges of the teacher's pictures that are there, too; less "
+                    "where they are blurred or elsewhere, more where they are sharper, and speckle counts as none"),
     "fd": Figure("FD", "lower", 3, "Fréchet distance between the features of two sets of pictures"),
     "kd": Figure("KD × 1000", "lower", 2, "kernel distance of the same features, unbiased, cubic kernel; with the same "
                  "captions in both sets it falls below zero"),
@@ -89,7 +90,7 @@ class Protocol:
 PROTOCOLS = {
     "fidelity": Protocol(
         "how near pictures are to the teacher's, one by one from the same noise and as a set; without real pictures",
-        ("psnr", "sharpness", "fd", "kd"), "PCM, arXiv:2405.18407: FID to the teacher's pictures",
+        ("psnr", "edges", "fd", "kd"), "PCM, arXiv:2405.18407: FID to the teacher's pictures",
         tuple((f"SD 1.5, {name}", steps, {"fd": value})
               for name, values in (("LCM", (53.4, 11.0, 6.7, 6.6)), ("PCM", (8.3, 9.8, 5.8, 5.0)))
               for steps, value in zip((1, 2, 4, 8), values, strict=True))),
@@ -818,10 +819,13 @@ def load_clip(name, device, prefix="", size=None, is_pick=False):
 
 
 def compare_pair(image, reference):
-    """PSNR in dB, and the mean gradient magnitude of both pictures."""
+    """PSNR in dB, <∇picture, ∇reference> and <∇reference, ∇reference>: the ratio of the products is what a regression
+    of the picture's gradients on the reference's gives, to which speckle adds nothing on average.
+    """
     a, b = (np.asarray(picture, dtype=np.float32) / 255 for picture in (image, reference))
-    gradients = [sum(np.abs(np.diff(x, axis=axis)).mean() for axis in (0, 1)) for x in (a, b)]
-    return [-10 * math.log10(max(np.square(a - b).mean(), 1e-10)), *gradients]
+    gradients = [[np.diff(x, axis=axis) for axis in (0, 1)] for x in (a, b)]
+    products = [sum((p * q).mean() for p, q in zip(own, gradients[1], strict=True)) for own in gradients]
+    return [-10 * math.log10(max(np.square(a - b).mean(), 1e-10)), *products]
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -1005,7 +1009,7 @@ def measure_all(run):
 
 
 def pair_figures(run, sets):
-    """PSNR and sharpness of every row but the first, to whose pictures the others are compared; {} for the first."""
+    """PSNR and edges of every row but the first, to whose pictures the others are compared; {} for the first."""
 
     def compare(index):
         reference = sets[0].load(index)
@@ -1019,8 +1023,8 @@ def pair_figures(run, sets):
     figures = [{}]
     for row in range(len(sets) - 1):
         means = prompt_means(run, values[:, row])
-        sharpness = bootstrap(means, lambda mean: mean[1] / max(mean[2], 1e-12))
-        figures.append({"psnr": bootstrap(means), "sharpness": sharpness})
+        edges = bootstrap(means, lambda mean: mean[1] / max(mean[2], 1e-12))
+        figures.append({"psnr": bootstrap(means), "edges": edges})
     return figures
 
 
@@ -1040,7 +1044,7 @@ def collect(run, looks, references):
             table.update({titles[figure]: value for figure, value in figures.items()})
 
     if "psnr" in run.protocol.figures:
-        add({figure: FIGURES[figure].title for figure in ("psnr", "sharpness")}, pair_figures(run, sets))
+        add({figure: FIGURES[figure].title for figure in ("psnr", "edges")}, pair_figures(run, sets))
     for look in looks:
         values = [measured(run, look, pictures) for pictures in sets]
         if look.network:
