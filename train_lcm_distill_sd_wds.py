@@ -2223,6 +2223,9 @@ Arguments:
 DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
                    "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
 MOST_ROWS = 9  # of a grid; of more prompts some are drawn, from the first to the last
+LEAST_PAIRS, LEAST_SET = 8, 256  # pictures from which on a feature distance, and a Fréchet distance, says something
+LABELS = {"teacher": "teacher, guided (2 evaluations a step)", "untrained": "untrained student", "student": "student",
+          "target": "student, EMA (exported)"}  # fmt: skip
 
 
 def load_prompts(args):
@@ -2343,27 +2346,33 @@ def validate_size(run, size, suffix):
     args, steps, images = run.args, run.args.validation_num_inference_steps, run.references.setdefault(suffix, {})
     with contextlib.ExitStack() as stack:
         if not images:
-            sampler = images["sampler"] = Sampler(run, size)
+            images |= {"sampler": Sampler(run, size), "looks": {}}
             if not args.from_scratch:
                 stack.enter_context(starting_model(run))
-                images |= {("teacher", k): sampler.images("teacher", k) for k in sorted({50, *steps})}
-                images |= {("untrained", k): sampler.images("untrained", k) for k in steps}
+                for name, k in (*(("teacher", k) for k in sorted({50, *steps})), *(("untrained", k) for k in steps)):
+                    keep_pictures(run, images, name, k, name)
+                if (count := len(images["teacher", 50])) < LEAST_SET and not suffix:
+                    logger.info("fidelity/*_fd takes %d pictures, prompts × --num_validation_images: it is left out of "
+                                "%d", LEAST_SET, count)  # fmt: skip
         metrics = {f"{name}{suffix}": value for name, value in extra_validation(run, images).items()}
     sampler, exported = images["sampler"], chosen_networks(args.export_ema_decay)[-1]
     if not args.from_scratch:
         shown = {"student": "student", "target": exported}  # as the figures call it
-        images |= {(name, k): sampler.images(shown[name], k) for name in shown for k in steps}
+        for name, k in itertools.product(shown, steps):
+            keep_pictures(run, images, name, k, shown[name])
         found = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
         metrics |= {key.replace("fidelity", f"fidelity{suffix}"): value for key, value in found.items()}
         print_fidelity(found, steps, sampler, args)
     if metrics:
         write_metrics(run, metrics)
     start = "teacher" if METHOD.has_teacher else "start"
-    columns = {f"{start} {k}": images["teacher", k] for k in (50, 4, 2, 1) if ("teacher", k) in images}
-    columns |= {"untrained 1": images["untrained", 1]} if ("untrained", 1) in images else {}
-    columns |= {f"student {k}": sampler.images(exported, k, stock=True) for k in steps}
     rows = np.linspace(0, len(sampler.prompts) - 1, min(len(sampler.prompts), MOST_ROWS)).round().astype(int)
-    pictures = {title: column[rows * sampler.seeds] for title, column in columns.items()}
+    first, titles = rows * sampler.seeds, {("teacher", k): f"{start} {k}" for k in (50, 4, 2, 1)}
+    titles |= {("untrained", 1): "untrained 1"}
+    pictures = {title: images[key][first] / 255 for key, title in titles.items() if key in images}
+    few = copy.copy(sampler)
+    few.noise, few.c = sampler.noise[first], {name: value[first] for name, value in sampler.c.items()}
+    pictures |= {f"student {k}": few.images(exported, k, stock=True) for k in steps}
     grid = draw_grid(pictures, [sampler.prompts[row] for row in rows])
     path = Path(args.output_dir, "validation", f"step-{run.step}{suffix}.png")
     path.parent.mkdir(exist_ok=True)
@@ -2374,29 +2383,37 @@ def validate_size(run, size, suffix):
             tracker.log_images({f"validation{suffix}": np.asarray(grid)[None]}, step=run.step, **kwargs)
 
 
+def keep_pictures(run, images, name, k, network):
+    """Draws `images[name, k]`, in bytes, as those of all networks and steps are kept at once; and looks at them."""
+    images[name, k] = (images["sampler"].images(network, k) * 255).round().byte()
+    with lent(run.models.vae, run.accelerator.device):
+        images["looks"][name, k] = vae_statistics(run.models.vae, images[name, k], run.args.vae_encode_batch_size)
+
+
 def fidelity(images, steps, groups, seeds):
     """PSNR (dB) to the teacher's 50 steps and the share of their edges: `fidelity/<network>_psnr_k<k>` and `…_edges_…`,
-    also by prompt file. PSNR alone rewards blur. Images are in [0, 1].
+    also by prompt file; and feature_distances. PSNR alone rewards blur. Images are uint8.
     """
     metrics = {}
-    for name, k in itertools.product(("teacher", "untrained", "student", "target"), steps):
+    for name, k in itertools.product(LABELS, steps):
         pairs = compare_pairs(images[name, k], images["teacher", 50]).unflatten(0, (-1, seeds))
         for group, prompts in groups.items():
             psnr, shared, all_edges = pairs[list(prompts)].mean(dim=(0, 1)).tolist()
             suffix = f"k{k}/{group}".rstrip("/")
             metrics[f"fidelity/{name}_psnr_{suffix}"] = round(psnr, 3)
             metrics[f"fidelity/{name}_edges_{suffix}"] = round(shared / max(all_edges, 1e-12), 3)
-    return metrics
+    return metrics | feature_distances(images["looks"], steps, groups, seeds)
 
 
 def compare_pairs(pictures, references, chunk=8):
-    """PSNR in dB, <∇picture, ∇reference> and <∇reference, ∇reference> of each pair, float32 (pictures, 3).
+    """PSNR in dB, <∇picture, ∇reference> and <∇reference, ∇reference> of each pair of uint8, float32 (pictures, 3).
 
     The ratio of the products is the share of the reference's edges that a picture has: below 1 where it is blurred or
     they are elsewhere, above 1 where it is sharper. Speckle, which raises the mean gradient, adds nothing on average.
     """
     found = []
     for a, b in zip(pictures.split(chunk), references.split(chunk), strict=True):
+        a, b = a / 255, b / 255
         gradients = [(a.diff(dim=dim), b.diff(dim=dim)) for dim in (2, 3)]
         products = [sum((pair[i] * pair[1]).mean(dim=(1, 2, 3)) for pair in gradients) for i in (0, 1)]
         psnr = -10 * (a - b).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
@@ -2404,17 +2421,66 @@ def compare_pairs(pictures, references, chunk=8):
     return torch.cat(found)
 
 
+@torch.no_grad()
+def vae_statistics(vae, pictures, chunk):
+    """Mean and standard deviation of every channel after each block of the VAE's encoder: uint8 (pictures, 3, height,
+    width) → float64 (pictures, 2 × channels). They see texture and colour, and little of what is in a picture.
+    """
+    found, encoder = [], vae.encoder
+    for part in pictures.split(chunk):
+        x, values = encoder.conv_in((part.to(vae.device) / 127.5 - 1).to(vae.dtype)), []
+        for block in (*encoder.down_blocks, encoder.mid_block):
+            x = block(x)
+            values += [statistic(x.flatten(2).float(), dim=-1) for statistic in (torch.mean, torch.std)]
+        found.append(torch.cat(values, dim=1).cpu().double())
+    return torch.cat(found).nan_to_num(0, 0, 0)  # of a VAE that overflows in fp16
+
+
+def frechet_distance(a, b):
+    """|μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) of float64 features (pictures, width)."""
+    root = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).sqrt().real.sum()
+    return (a.mean(dim=0) - b.mean(dim=0)).square().sum() + (a.var(dim=0) + b.var(dim=0)).sum() - 2 * root
+
+
+def feature_distances(looks, steps, groups, seeds):
+    """Distances of vae_statistics by (network, k) to those of the teacher's 50 steps, which standardise them.
+
+    `feature_distance` is the root mean square difference of a pair, on average; `fd` the Fréchet distance along the 32
+    principal axes. `floor_…` is that of odd to even seeds of the teacher; of as many more pictures fd is as much less.
+    """
+    reference, metrics = looks["teacher", 50], {}
+    if len(reference) < LEAST_PAIRS:
+        return metrics
+    mean, std = reference.mean(dim=0), reference.std(dim=0, correction=0) + 1e-8
+    axes = torch.linalg.svd((reference - mean) / std, full_matrices=False).Vh[:32].T
+    looks = {key: ((look - mean) / std).unflatten(0, (-1, seeds)) for key, look in looks.items()}
+    for group, prompts in ((group, list(prompts)) for group, prompts in groups.items()):
+        teacher = looks["teacher", 50][prompts]
+        sets = {f"{name}_{{}}_k{k}": (looks[name, k][prompts], teacher) for name in LABELS for k in steps}
+        if seeds > 1:
+            sets["floor_{}"] = [teacher[:, i : seeds // 2 * 2 : 2] for i in (0, 1)]
+        for key, (a, b) in sets.items():
+            found = {"feature_distance": (a - b).square().mean(dim=-1).sqrt().mean()}
+            if len(prompts) * seeds >= LEAST_SET:
+                found["fd"] = frechet_distance(*((x @ axes).flatten(0, 1) for x in (a, b))) * a.shape[1] / seeds
+            metrics |= {f"fidelity/{key.format(figure)}/{group}".rstrip("/"): round(value.item(), 3)
+                        for figure, value in found.items()}  # fmt: skip
+    return metrics
+
+
 def print_fidelity(metrics, steps, sampler, args):
-    """Prints the table of PSNRs, for all prompts or for each file of them."""
-    labels = {"teacher": "teacher, guided (2 evaluations a step)", "untrained": "untrained student",
-              "student": "student", "target": "student, EMA (exported)"}  # fmt: skip
-    lines = [f"PSNR in dB to the teacher's 50 steps: deterministic chain, guidance scale "
-             f"{args.validation_guidance_scale:g}, {len(sampler.prompts)} prompts × {sampler.seeds} seeds"]  # fmt: skip
-    for group in sampler.groups or [""]:
-        lines.append(f"{group or 'steps':42}" + "".join(f"{k:8}" for k in steps))
-        for name, label in labels.items():
-            values = [metrics[f"fidelity/{name}_psnr_" + f"k{k}/{group}".rstrip("/")] for k in steps]
-            lines.append(f"  {label:40}" + "".join(f"{value:8.2f}" for value in values))
+    """Prints tables of the PSNRs and Fréchet distances, for all prompts and for each file of them."""
+    lines = [f"To the teacher's 50 steps: deterministic chain, guidance scale {args.validation_guidance_scale:g}, "
+             f"{len(sampler.prompts)} prompts × {sampler.seeds} seeds"]  # fmt: skip
+    for title, group in itertools.product(("PSNR in dB", "Fréchet distance"), ("", *sampler.groups)):
+        figure, tail = "psnr" if "PSNR" in title else "fd", f"/{group}".rstrip("/")
+        if f"fidelity/student_{figure}_k{steps[0]}{tail}" in metrics:
+            lines.append(f"{title + (group and f', {group}'):42}" + "".join(f"{k:8}" for k in steps))
+            for name, label in LABELS.items():
+                values = [metrics[f"fidelity/{name}_{figure}_k{k}{tail}"] for k in steps]
+                lines.append(f"  {label:40}" + "".join(f"{value:8.2f}" for value in values))
+            if f"fidelity/floor_{figure}{tail}" in metrics:
+                lines.append(f"  {'teacher, other noise':40}{metrics[f'fidelity/floor_{figure}{tail}']:8.2f}")
     tqdm.write("\n".join(lines))
 
 
@@ -2668,7 +2734,8 @@ def add_output_args(parser):
     add("--validation_guidance_scale", type=number(float, 1), help="w + 1 in validation (default: the method's)")
     add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")
     add("--validation_resolutions", type=sizes, help="WIDTHxHEIGHT,… of the pictures (default: --resolution)")
-    add("--num_validation_images", type=number(int, 1), default=2, help="seeds for each prompt, for the fidelity")
+    add("--num_validation_images", type=number(int, 1), default=2, help="seeds for each prompt, for the "
+        "fidelity; with 256 pictures in all, prompts × seeds, also Fréchet distances to the teacher's")  # fmt: skip
     add("--push_to_hub", action="store_true", help="upload what is exported")
     add("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
     add("--hub_token", help="token for the upload; never written to any file")

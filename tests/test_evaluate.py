@@ -177,7 +177,7 @@ def test_psnr_and_edges(tool):
         assert found == pytest.approx(rows.mean() + columns.mean(), rel=1e-4, abs=1e-6)
     assert tool.compare_pair(a, a)[0] == pytest.approx(100)
     tensors = [torch.from_numpy(z).permute(2, 0, 1)[None].float() for z in (x, y)]
-    in_training = get_script(SCRIPT.stem).compare_pairs(*tensors)[0].tolist()
+    in_training = get_script(SCRIPT.stem).compare_pairs(*(255 * z for z in tensors))[0].tolist()
     assert in_training == pytest.approx([psnr, shared, edges], rel=1e-4, abs=1e-6)
 
 

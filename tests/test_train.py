@@ -564,9 +564,10 @@ def test_validation_metrics(showcase):
     lines = [line for line in read_metrics(showcase[0]) if "lr" not in line]
     assert [line["step"] for line in lines] == [0, 2, 4]
     for line in lines:
-        parts = itertools.product(("teacher", "untrained", "student", "target"), ("psnr", "edges"), ("k1", "k2"),
-                                  ("", "/animals", "/plants"))  # fmt: skip
-        assert line.keys() == {"step", *(f"fidelity/{net}_{figure}_{k}{group}" for net, figure, k, group in parts)}
+        groups, figures = ("", "/animals", "/plants"), ("psnr", "edges", "feature_distance")
+        parts = itertools.product(("teacher", "untrained", "student", "target"), figures, ("k1", "k2"), groups)
+        assert line.keys() == {"step", *(f"fidelity/floor_feature_distance{group}" for group in groups),
+                               *(f"fidelity/{net}_{figure}_{k}{group}" for net, figure, k, group in parts)}  # fmt: skip
     start, *_, end = lines
     for key in (key for key in start if "untrained_psnr" in key):
         assert start[key] == end[key] != start[key.replace("untrained", "teacher")]
@@ -611,7 +612,8 @@ def test_trackers(showcase, straight):
     losses = [loss for _, loss, *_ in read_losses(output)]
     assert [loss.value for loss in logged.Scalars("loss")] == pytest.approx(losses)
     assert len(logged.Scalars("fidelity/student_psnr_k2/plants")) == 3
-    assert "PSNR in dB" in log and "animals" in log
+    assert "PSNR in dB, animals" in log and "Fréchet" not in log.replace("fidelity/*_fd takes 256", "")
+    assert log.count("fidelity/*_fd takes 256 pictures, prompts × --num_validation_images: it is left out of 8") == 1
     assert not (straight / "logs").exists()  # --report_to none
 
 
