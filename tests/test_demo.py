@@ -181,7 +181,7 @@ def test_judging(tools):
     bank = torch.tensor([[0.0, 0.0], [3.0, 3.0], [1.0, 1.0]])
     found = judge.nearest(torch.tensor([[0.0, 0.0], [4.0, 4.0]]), bank)
     assert found.indices.tolist() == [0, 1] and found.values.tolist() == pytest.approx([0, 1])
-    found = judge.nearest(torch.tensor([[0.0, 0.0]]), bank, skip=torch.tensor([0]))
+    found = judge.nearest(torch.tensor([[0.0, 0.0]]), bank, skip=torch.tensor([[0]]))
     assert found.indices.tolist() == [2] and found.values.tolist() == pytest.approx([1])
     prompts, captions = ["dog, animal, flat", "cat, animal, bold"], ["dog, animal, bold", "cow, animal, bold"]
     assert judge.agreement(prompts, captions) == "50 / 100 / 50"
