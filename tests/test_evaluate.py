@@ -291,7 +291,7 @@ def test_fidelity(tool, tiny, prompts, tmp_path):
     assert figures["FD (vae)"]["value"] == pytest.approx(tool.frechet_distance(project(a), project(b)), rel=1e-3)
     assert report["rows"][0]["figures"] == {}  # the reference itself
     text = (tmp_path / "out" / "report.md").read_text()
-    assert f"{figures['FD (vae)']['value']:.3f} (n = 12)" in text
+    assert f"| {figures['FD (vae)']['value']:.3f} |" in text and "| FD (vae) ↓, n = 12 |" in text
     assert "6 prompts × 2 = 12 pictures" in text and "| student | 2 | 2 | 1 |" in text
     assert "12 pictures are too few for 11 features" in text and "None beside these" in text
 
@@ -594,6 +594,8 @@ ERRORS = {
     "name=a model={tiny} lora={tmp}/lora steps=1 guidance_scale=1": "names no scheduler: give scheduler=LCMScheduler",
     "name=a model={tiny} lora={tmp}/lora steps=1 guidance_scale=1 scheduler=LCMScheduler": "cannot be loaded",
     "name=a model=some/model-of-the-hub steps=1 guidance_scale=1": "row a: some/model-of-the-hub cannot be loaded",
+    "name=a model={tiny},{tmp}/seed2 steps=1 guidance_scale=1": "row a: there is no folder {tmp}/seed2",
+    "name=a model={tiny},{tiny} lora=a,b,c steps=1": "row a: model must be one, or as many as there are training seeds",
 }
 
 
@@ -710,6 +712,94 @@ def test_missing_weights_are_not_replaced_by_random_ones(tool, clip, tmp_path):
         tool.load_clip(str(copy), "cpu")
 
 
+# ------------------------------------------------------------------------------------------------------ training seeds
+@pytest.fixture(scope="module")
+def trainings(tiny, tmp_path_factory):
+    """Three models of one kind whose U-Nets are not quite the same, as after training from other seeds."""
+    from safetensors.torch import load_file, save_file
+
+    folders = []
+    for seed in range(3):
+        folders.append(shutil.copytree(tiny, tmp_path_factory.mktemp("trainings") / f"seed{seed}"))
+        weights = folders[-1] / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.manual_seed(seed)
+        tensors = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
+        save_file(tensors, weights, {"format": "pt"})
+    return list(map(str, folders))
+
+
+def test_training_seeds_share_a_row(tool, tiny, prompts, trainings, tmp_path):
+    """Mean, standard deviation and interval over prompts against numpy, from rows of the single models."""
+    rows = [{"name": "a", "model": trainings, "steps": [1, 2], "guidance_scale": 1}]
+    rows += [
+        {"name": f"a{k}", "model": model, "steps": "1,2", "guidance_scale": 1} for k, model in enumerate(trainings)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    given = flags(tiny, prompts, tmp_path / "out", "--rows", tmp_path / "rows.json", "--images_per_prompt", "2")
+    report = evaluate(tool, *given)
+    figures = {row["label"]: row["figures"] for row in report["rows"]}
+    assert [row["model"] for row in report["rows"] if row["label"] == "a, 2 steps"] == [trainings]
+    for title in report["columns"]:
+        single = [figures[f"a{k}, 2 steps"][title]["value"] for k in range(3)]
+        found = figures["a, 2 steps"][title]
+        assert len(set(single)) == 3 and found["single"] == pytest.approx(single)
+        assert [found["value"], found["spread"]] == pytest.approx([np.mean(single), np.std(single, ddof=1)])
+    folder = tmp_path / "out" / "pictures"
+    names = ("teacher-3", "a-2", "a-2-training-2", "a-2-training-3")
+    sets = [[Image.open(path) for path in sorted((folder / name).glob("*.png"))] for name in names]
+    psnr = np.mean([[tool.compare_pair(*pair)[0] for pair in zip(each, sets[0], strict=True)] for each in sets[1:]], 0)
+    draws = np.random.default_rng(0).integers(6, size=(1000, 6))
+    interval = np.percentile(psnr.reshape(6, 2).mean(1)[draws].mean(1), [2.5, 97.5])
+    found = figures["a, 2 steps"]["PSNR, dB"]
+    assert [found["low"], found["high"]] == pytest.approx(interval)
+    text = (tmp_path / "out" / "report.md").read_text()
+    cell = "{value:.2f} ± {spread:.2f} ({low:.2f} … {high:.2f})".format(**found)
+    assert f"| a (3 training seeds) | 2 | 2 | 1 | – | {cell} |" in text and "mean ± standard deviation" in text
+    # one that was drawn alone is not drawn again when others join it
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png") if path.parent.name == "a0-2"}
+    row = f"- {{name: a0, model: [{trainings[0]}, {trainings[1]}], steps: [2], guidance_scale: 1}}"
+    (tmp_path / "rows.yaml").write_text(row)
+    report = evaluate(tool, *given, "--rows", tmp_path / "rows.yaml")
+    expected = [figures[f"a{k}, 2 steps"]["PSNR, dB"]["value"] for k in range(2)]
+    assert report["rows"][-1]["figures"]["PSNR, dB"]["single"] == pytest.approx(expected)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_missing_training_seeds(tool, tiny, prompts, trainings, tmp_path):
+    """They are an error that names them; with --skip_missing the row goes on with the others and says how many."""
+    gone = str(tmp_path / "gone")
+    row = ["--row", "name=a", f"model={gone},{trainings[1]},{trainings[2]}", "steps=1", "guidance_scale=1"]
+    given = flags(tiny, prompts, tmp_path / "out", "--no_floor", "--num_prompts", "2", *row)
+    with pytest.raises(SystemExit, match=f"error: row a: there is no folder {gone}"):
+        evaluate(tool, *given)
+    report = evaluate(tool, *given, "--skip_missing")
+    assert report["left_out"] == {"row a, 1 of 3 training seeds": f"there is no model in {gone}"}
+    assert (
+        report["rows"][-1]["model"] == trainings[1:] and len(report["rows"][-1]["figures"]["PSNR, dB"]["single"]) == 2
+    )
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| a (2 training seeds) |" in text and "**row a, 1 of 3 training seeds** is left out" in text
+    shutil.copytree(trainings[0], gone)  # it is there now: the others' pictures stay
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png") if "training" in path.parent.name}
+    assert len(evaluate(tool, *given)["rows"][-1]["figures"]["PSNR, dB"]["single"]) == 3
+    assert len(before) == 4 and {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_training_seeds_have_one_recipe(tool, trainings, tmp_path):
+    other = shutil.copytree(trainings[0], tmp_path / "other")
+    (other / "README.md").write_text("pipe(prompt, guidance_scale=7)")
+    row = {"name": "a", "model": [trainings[1], str(other)], "steps": 1}
+    (Path(trainings[1]) / "README.md").write_text("pipe(prompt, guidance_scale=1)")
+    with pytest.raises(SystemExit, match=r"no training seeds of one recipe: guidance_scale is 1\.0 and 7\.0"):
+        tool.make_students(row, False, {})
+    assert [made.member for made in tool.make_students(row | {"guidance_scale": 1, "steps": "1,2"}, False, {})] == [
+        1,
+        1,
+        2,
+        2,
+    ]
+
+
 # --------------------------------------------------------------------------------------------------------------- demo
 @pytest.fixture(scope="module")
 def drawn(tool, tmp_path_factory):
@@ -762,7 +852,8 @@ def test_demo_target(tool):
     args = tool.parse_args(command.split("tools/evaluate.py")[1].split())
     rows = tool.read_rows(ROOT / args.rows)
     assert len(rows) >= 6 and all({"name", "model", "steps"} <= row.keys() for row in rows)
-    assert {row["model"] for row in rows} <= {path.replace("demo", "demo/output", 1) for path in
+    models = [model for row in rows for one in tool.training_seeds(row).values() for model in [one["model"]]]
+    assert {re.sub(r"-seed\d$", "", model) for model in models} <= {path.replace("demo", "demo/output", 1) for path in
                                               re.findall(r"demo[\w-]*", (ROOT / "Makefile").read_text())}  # fmt: skip
     assert args.skip_missing and args.protocol == "fidelity" and (ROOT / args.teacher[0]).is_dir()
     assert len(tool.read_prompts(args)[0]) * args.images_per_prompt >= 256

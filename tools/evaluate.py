@@ -6,9 +6,10 @@
         --row name=lcm model=out/lcm steps=1,2,4 --row name=tcd-lora model=out/tcd-lora steps=2,4,8 \
         --prompts prompts.txt --output_dir evaluation
 
-A row is a pipeline that diffusers loads, with or without a LoRA, at some numbers of steps. All rows draw the same
-prompts from the same noise, which depends on (seed, prompt, picture) alone: rows can be added later, an interrupted
-evaluation goes on, and `accelerate launch` shares the work. Into --output_dir go
+A row is a pipeline that diffusers loads, with or without a LoRA, at some numbers of steps; model=a,b,c are trainings
+of one recipe with other seeds, and the tables have their mean and spread. All rows draw the same prompts from the same
+noise, which depends on (seed, prompt, picture) alone: rows can be added later, an interrupted evaluation goes on, and
+`accelerate launch` shares the work. Into --output_dir go
 
     report.md, report.json    the tables, and all that is needed to repeat them
     grid.png                  prompts in rows, models in columns, the same noise
@@ -155,9 +156,9 @@ def add_row_args(parser):
     add("--no_floor", action="store_true", help="leave out the teacher with other noise: the floor of FD and KD")
     add("--row", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="name= model= steps=1,2,4 "
         "[guidance_scale= eta= lora= weight_name= scheduler=CLASS scheduler.OPTION= revision= variant=]; an output "
-        "folder of a training script needs name, model and steps only")  # fmt: skip
+        "folder of a training script needs name, model and steps only; model=A,B,C: training seeds of it")  # fmt: skip
     add("--rows", metavar="FILE", help="YAML or JSON: a list of mappings with the keys of --row")
-    add("--skip_missing", action="store_true", help="leave out rows whose folder holds no model")
+    add("--skip_missing", action="store_true", help="leave out rows, and training seeds, whose folder holds no model")
 
 
 def add_protocol_args(parser):
@@ -234,6 +235,7 @@ class Row:
     revision: str | None = None
     variant: str | None = None
     stream: int = 0  # of noise: the floor row draws from another one
+    member: int = 1  # which of the row's training seeds
 
     @property
     def title(self):
@@ -245,7 +247,7 @@ class Row:
 
     @property
     def folder(self):
-        return safe_name(f"{self.title}-{self.steps}")
+        return safe_name(f"{self.title}-{self.steps}" + f"-training-{self.member}" * (self.member > 1))
 
 
 def safe_name(text):
@@ -337,7 +339,17 @@ def complete_row(row):
     return row
 
 
-def make_rows(row):
+def training_seeds(row):
+    """{number: row} of each training seed: model or lora may be a list of them, or have commas between."""
+    given = {key: row[key].split(",") if isinstance(row[key], str) else [str(each) for each in np.atleast_1d(row[key])]
+             for key in ("model", "lora") if row.get(key)}  # fmt: skip
+    count = max(map(len, given.values()), default=1)
+    if uneven := [key for key, values in given.items() if len(values) not in (1, count)]:
+        fail(f"row {row.get('name')}: {uneven[0]} must be one, or as many as there are training seeds, {count}")
+    return {k + 1: row | {key: values[k % len(values)] for key, values in given.items()} for k in range(count)}
+
+
+def make_rows(row, member=1):
     """{key: value} → a Row for each number of steps. Fails with a line that names the row."""
     name = row.get("name", " ".join(f"{key}={value}" for key, value in row.items()))
     if not {"name", "model", "steps"} <= row.keys():
@@ -357,18 +369,35 @@ def make_rows(row):
         fail(f"row {name}: {first_line(error)}")
     if min(steps) < 1:
         fail(f"row {name}: steps must be 1 or more")
-    return [Row(**row, steps=k, scheduler_options=tuple(sorted(options.items()))) for k in dict.fromkeys(steps)]
+    row |= {"scheduler_options": tuple(sorted(options.items())), "member": member}
+    return [Row(**row, steps=k) for k in dict.fromkeys(steps)]
+
+
+def make_students(row, skips_missing, left_out):
+    """The rows of all training seeds of a row; with skips_missing of those that are there, and left_out has the others.
+    Fails where they are to be used with different settings: these are no seeds of one recipe.
+    """
+    seeds, gone, made = training_seeds(row), {}, []
+    if skips_missing:
+        for number, one in seeds.items():
+            if lost := [one[key] for key in ("model", "lora") if one.get(key) and not holds_model(one[key])]:
+                gone[number] = lost[0]
+    if gone:
+        part = f", {len(gone)} of {len(seeds)} training seeds" if len(gone) < len(seeds) else ""
+        left_out[f"row {row.get('name')}{part}"] = f"there is no model in {', '.join(gone.values())}"
+    for number, one in seeds.items():
+        made += [] if number in gone else make_rows(one, number)
+    for key in ("guidance_scale", "eta"):
+        if len(found := sorted({str(getattr(each, key)) for each in made})) > 1:
+            fail(f"row {row['name']}: its models are no training seeds of one recipe: {key} is {' and '.join(found)}")
+    return made
 
 
 def list_rows(args):
     """All rows of the comparison, the teacher first, and {name: reason} of those that were left out."""
     students, left_out = [], {}
     for row in [*(parse_pairs(pairs, "--row") for pairs in args.row), *(read_rows(args.rows) if args.rows else [])]:
-        gone = [str(row[key]) for key in ("model", "lora") if row.get(key) and not holds_model(str(row[key]))]
-        if args.skip_missing and gone:
-            left_out[f"row {row.get('name')}"] = f"there is no model in {gone[0]}"
-        else:
-            students += make_rows(row)
+        students += make_students(row, args.skip_missing, left_out)
     rows = []
     if args.teacher:
         few = sorted({row.steps for row in students} - {args.teacher_steps})
@@ -381,6 +410,14 @@ def list_rows(args):
     if twice := [row.label for row in rows if folders[row.folder] > 1]:
         fail(f"two rows are called {twice[0]}: give them names of their own")
     return rows or fail("no row to compare: give --teacher, --row or --rows"), left_out
+
+
+def group_rows(rows):
+    """The lines of the tables: rows that differ in nothing but their training seed share one."""
+    lines = {}
+    for row in rows:
+        lines.setdefault((row.title, row.steps), []).append(row)
+    return list(lines.values())
 
 
 def fingerprint(source):
@@ -398,6 +435,7 @@ def fingerprint(source):
 def row_settings(row):
     """What must be the same for pictures to be of this row."""
     settings = dataclasses.asdict(row) | {"weights": fingerprint(row.model), "lora_weights": fingerprint(row.lora)}
+    settings.pop("member")  # nothing that is drawn depends on it
     return json.loads(json.dumps(settings))  # tuples are lists then
 
 
@@ -553,6 +591,7 @@ class Evaluation:
         self.state = PartialState(cpu=is_cpu, timeout=datetime.timedelta(days=30))  # ranks wait for the slowest
         self.dtype = args.dtype or ("float32" if self.state.device.type == "cpu" else "float16")
         (self.prompts, self.described), (self.rows, self.left_out) = read_prompts(args), list_rows(args)
+        self.lines = group_rows(self.rows)
         self.items = [(i, k) for i in range(len(self.prompts)) for k in range(args.images_per_prompt)]
         self.warnings = []
 
@@ -693,7 +732,7 @@ def draw_rows(run):
     loaded, pipe, counts = None, None, collections.Counter()
     with run.bar(sum(row.steps * len(batch) for row, mine in work for batch in mine), "step", "drawing") as bar:
         for row, mine in work:
-            source = dataclasses.replace(row, name="", steps=0, guidance_scale=0, eta=None, stream=0)
+            source = dataclasses.replace(row, name="", steps=0, guidance_scale=0, eta=None, stream=0, member=1)
             if mine and source != loaded:
                 pipe = None  # before the next one is loaded
                 gc.collect()
@@ -707,10 +746,10 @@ def draw_rows(run):
                 bar.update(row.steps * len(batch))
 
 
-def read_times(run, row):
+def read_times(run, rows):
     """Seconds and network evaluations a picture, and the device, over all that was timed; {} where nothing was."""
     lines = []
-    for path in sorted(run.folder(row).glob("times-*.jsonl")):
+    for path in (path for row in rows for path in sorted(run.folder(row).glob("times-*.jsonl"))):
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # it was killed while it wrote
                 lines.append(json.loads(line))
@@ -927,6 +966,19 @@ def bootstrap(values, statistic=lambda means: means[0], resamples=1000):
     return {"value": float(statistic(values.mean(axis=0))), "low": float(low), "high": float(high)}
 
 
+def spread(single):
+    """What a figure of several training seeds has besides its mean: their standard deviation (n − 1), and each."""
+    return {"spread": statistics.stdev(single), "single": single} if len(single) > 1 else {}
+
+
+def over_seeds(members, statistic=lambda means: means[0]):
+    """A figure of one or more training seeds, from the values (prompts, columns) of each: its mean over them, the 95 %
+    interval of that over prompts, and the spread. The statistic must be linear in the columns that seeds differ in.
+    """
+    single = [float(statistic(values.mean(axis=0))) for values in members]
+    return bootstrap(np.mean(members, axis=0), statistic) | spread(single)
+
+
 class Given(torch.nn.Module):
     """What torchmetrics takes for a network: the features are there already."""
 
@@ -1005,22 +1057,23 @@ def measure_all(run):
 
 
 def pair_figures(run, sets):
-    """PSNR and sharpness of every row but the first, to whose pictures the others are compared; {} for the first."""
+    """PSNR and sharpness of every line but the first, to whose pictures the others are compared; {} for the first."""
+    others = [pictures for line in sets[1:] for pictures in line]
 
     def compare(index):
-        reference = sets[0].load(index)
-        return [compare_pair(pictures.load(index), reference) for pictures in sets[1:]]
+        reference = sets[0][0].load(index)
+        return [compare_pair(pictures.load(index), reference) for pictures in others]
 
-    values = np.zeros((len(run.items), len(sets) - 1, 3))
+    values = np.zeros((len(run.items), len(others), 3))
     with ThreadPoolExecutor() as pool, run.bar(len(run.items), "picture", "PSNR") as bar:
         for index, found in enumerate(pool.map(compare, range(len(run.items)))):
             values[index] = np.reshape(found, (-1, 3))
             bar.update()
-    figures = [{}]
-    for row in range(len(sets) - 1):
-        means = prompt_means(run, values[:, row])
-        sharpness = bootstrap(means, lambda mean: mean[1] / max(mean[2], 1e-12))
-        figures.append({"psnr": bootstrap(means), "sharpness": sharpness})
+    figures, means = [{}], iter(prompt_means(run, values[:, column]) for column in range(len(others)))
+    for line in sets[1:]:
+        members = [next(means) for _ in line]
+        sharpness = over_seeds(members, lambda mean: mean[1] / max(mean[2], 1e-12))
+        figures.append({"psnr": over_seeds(members), "sharpness": sharpness})
     return figures
 
 
@@ -1030,9 +1083,9 @@ def prompt_means(run, values):
 
 
 def collect(run, looks, references):
-    """All figures by row, [{column: {value, low, high}}], and the columns, {title: figure}. Adds warnings."""
-    sets = [run.pictures(row) for row in run.rows]
-    columns, tables = {}, [{} for _ in run.rows]
+    """All figures by line, [{column: {value, …}}], and the columns, {title: figure}. Adds warnings."""
+    sets = [[run.pictures(row) for row in line] for line in run.lines]
+    columns, tables = {}, [{} for _ in run.lines]
 
     def add(titles, found):
         columns.update({title: figure for figure, title in titles.items()})
@@ -1042,30 +1095,33 @@ def collect(run, looks, references):
     if "psnr" in run.protocol.figures:
         add({figure: FIGURES[figure].title for figure in ("psnr", "sharpness")}, pair_figures(run, sets))
     for look in looks:
-        values = [measured(run, look, pictures) for pictures in sets]
+        values = [[measured(run, look, pictures) for pictures in line] for line in sets]
         if look.network:
             found = set_figures(run, look, values, references)
         else:
             scale = 100 if "clip" in look.figures else 1
-            found = [{look.figures[0]: bootstrap(prompt_means(run, scale * row_values))} for row_values in values]
+            found = [{look.figures[0]: over_seeds([prompt_means(run, scale * one) for one in line])} for line in values]
         add({figure: look.title(figure) for figure in look.figures}, found)
     return tables, columns
 
 
 def set_figures(run, look, values, references):
-    """Distances of each row's features from the reference's: the real pictures, or else the first row's."""
-    reference, title = values[0], look.title(look.figures[0])
+    """Distances of each line's features from the reference's: the real pictures, or else the first line's."""
+    reference, title = values[0][0], look.title(look.figures[0])
     if look.is_real:
         reference = measured(run, look, references)
         if lost := len(references.places) - len(reference):
             run.warnings.append(f"{title}: {lost} of {len(references.places)} reference pictures are broken")
     if look.network == "vae":
         project = principal_components(reference)
-        reference, values = project(reference), [project(row_values) for row_values in values]
+        reference, values = project(reference), [[project(one) for one in line] for line in values]
     compute = {"fd": frechet_distance, "patch_fd": frechet_distance, "kd": kernel_distance}
-    found = [{figure: {"value": compute[figure](row_values, reference), "pictures": len(row_values)}
-              for figure in look.figures} for row_values in values]  # fmt: skip
-    found[0] = found[0] if look.is_real else {}  # the reference itself
+    found = []
+    for line in values if look.is_real else values[1:]:
+        single = {figure: [compute[figure](one, reference) for one in line] for figure in look.figures}
+        found.append({figure: {"value": statistics.fmean(each), "pictures": len(line[0])} | spread(each)
+                      for figure, each in single.items()})  # fmt: skip
+    found = found if look.is_real else [{}, *found]  # the reference itself
     check_stability(run, look, values, reference, found)
     return found
 
@@ -1075,14 +1131,15 @@ def check_stability(run, look, values, reference, found):
     covariance, or half of a row's pictures read otherwise than all. That row is the floor, or the first one.
     """
     title, width = look.title(look.figures[0]), reference.shape[1]
-    if (fewest := min(len(values[0]), len(reference))) <= 2 * width:
+    if (fewest := min(len(values[0][0]), len(reference))) <= 2 * width:
         run.warnings.append(f"{title}: {fewest} pictures are too few for {width} features: it is biased upwards and "
                             f"not stable; draw more than {2 * width}")  # fmt: skip
-    index = next((i for i, row in enumerate(run.rows) if row.stream or look.is_real), None)
-    if index is not None and len(values[index]) >= 4:
-        half, whole = frechet_distance(values[index][::2], reference[::2]), found[index][look.figures[0]]["value"]
+    index = next((i for i, line in enumerate(run.lines) if line[0].stream or look.is_real), None)
+    if index is not None and len(values[index][0]) >= 4:
+        half, whole = frechet_distance(values[index][0][::2], reference[::2]), found[index][look.figures[0]]
+        whole = whole.get("single", [whole["value"]])[0]
         if abs(half - whole) > 0.1 * whole:
-            numbers = f"{run.rows[index].label}, reads {whole:.3g}, and {half:.3g} with half as many"
+            numbers = f"{run.lines[index][0].label}, reads {whole:.3g}, and {half:.3g} with half as many"
             run.warnings.append(f"{title} depends on the number of pictures: {numbers}; compare equal numbers only")
 
 
@@ -1092,11 +1149,23 @@ LIBRARIES = "torch diffusers transformers accelerate peft torchmetrics clean-fid
 
 
 def show(found, figure):
-    """A figure for the table, with its interval, or with the number of pictures where it depends on that."""
+    """A figure for the table, with its spread over training seeds and its interval over prompts."""
     if found is None:
         return "–"
-    numbers = [f"{found[key]:.{FIGURES[figure].digits}f}" for key in ("value", "low", "high") if key in found]
-    return "{} ({} … {})".format(*numbers) if "low" in found else f"{numbers[0]} (n = {found['pictures']:,})"
+    value, *others = (f"{found[key]:.{FIGURES[figure].digits}f}" if key in found else ""
+                      for key in ("value", "spread", "low", "high"))  # fmt: skip
+    return "{}{}{}".format(value, others[0] and f" ± {others[0]}", others[1] and f" ({others[1]} … {others[2]})")
+
+
+def title_of(line):
+    """The name of a line of the tables, with the number of training seeds where there are several."""
+    return line[0].title + f" ({len(line)} training seeds)" * (len(line) > 1)
+
+
+def heading(title, figure, pictures):
+    """The head of a column: which way is better, and the number of pictures of a figure that depends on it."""
+    is_distance = FIGURES[figure].title in ("FD", "patch FD", "KD × 1000")
+    return f"{title} {ARROWS[FIGURES[figure].better]}" + f", n = {pictures:,}" * is_distance
 
 
 def markdown_table(head, lines):
@@ -1106,9 +1175,11 @@ def markdown_table(head, lines):
 def make_report(run, tables, columns):
     """Everything that the report says, as it stands in report.json."""
     rows, versions = [], {}
-    for row, figures in zip(run.rows, tables, strict=True):
-        settings = {key: value for key, value in dataclasses.asdict(row).items() if value not in (None, ())}
-        rows.append(settings | {"label": row.label, "figures": figures, "speed": read_times(run, row)})
+    for line, figures in zip(run.lines, tables, strict=True):
+        row = {key: value for key, value in dataclasses.asdict(line[0]).items() if value not in (None, ())}
+        row |= {key: [getattr(each, key) for each in line] for key in ("model", "lora") if len(line) > 1 and key in row}
+        del row["member"]
+        rows.append(row | {"label": line[0].label, "figures": figures, "speed": read_times(run, line)})
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -1137,16 +1208,18 @@ def write_markdown(run, report):
     """report.md: for a reader who has nothing else."""
     columns, lines, speed = report["columns"], [], []
     head = ["model", "steps", "network evaluations", "guidance", "eta"]
-    head += [f"{title} {ARROWS[FIGURES[figure].better]}" for title, figure in columns.items()]
-    for row, line in zip(run.rows, report["rows"], strict=True):
-        times, figures = line["speed"], [show(line["figures"].get(title), columns[title]) for title in columns]
+    head += [heading(title, figure, len(run.items)) for title, figure in columns.items()]
+    for line, found in zip(run.lines, report["rows"], strict=True):
+        row, times = line[0], found["speed"]
+        figures = [show(found["figures"].get(title), columns[title]) for title in columns]
         eta = "–" if row.eta is None else f"{row.eta:g}"
         evaluations = f"{times['evaluations']:g}" if times.get("evaluations") else "–"
-        lines.append([row.title, row.steps, evaluations, f"{row.guidance_scale:g}", eta, *figures])
+        lines.append([title_of(line), row.steps, evaluations, f"{row.guidance_scale:g}", eta, *figures])
         if times:
             numbers = (f"{times[key]:.3g}" for key in ("pictures_per_second", "seconds"))
-            speed.append([row.title, row.steps, *numbers, f"{times['device']}, {run.dtype}"])
+            speed.append([title_of(line), row.steps, *numbers, f"{times['device']}, {run.dtype}"])
     first, floor = run.rows[0], next((row for row in run.rows if row.stream), None)
+    seeds = "A row of several training seeds shows their mean ± standard deviation. " * (len(lines) < len(run.rows))
     reference = f"the real pictures of `{' '.join(run.args.references or [])}`"
     if run.protocol.references is None:
         reference = f"the pictures of *{first.label}*" + (f"; *{floor.label}* is the floor" if floor else "")
@@ -1162,7 +1235,7 @@ The reference: {reference}.
 
 {markdown_table(head, lines)}
 
-In brackets the 95 % interval by bootstrap over prompts; a difference between two rows is surer than that, for their prompts and noise
+{seeds}In brackets the 95 % interval by bootstrap over prompts; a difference between two rows is surer than that, for their prompts and noise
 are the same. Network evaluations are counted, for a picture: guidance doubles them.
 
 {chr(10).join(f"- {note}" for note in notes)}
@@ -1195,7 +1268,7 @@ Warm, in batches of up to {run.args.batch_size}, on one device; with text encode
 def draw_grid(run):
     """grid.png: prompts in rows, the rows of the comparison in columns, the same noise."""
     cell, left, top, gap, font = 160, 150, 44, 4, ImageFont.load_default(13)
-    rows, count = [row for row in run.rows if not row.stream], min(run.args.grid_prompts, len(run.prompts))
+    rows, count = [line[0] for line in run.lines if not line[0].stream], min(run.args.grid_prompts, len(run.prompts))
     grid = Image.new("RGB", (left + len(rows) * (cell + gap), top + count * (cell + gap)), "white")
     pen = ImageDraw.Draw(grid)
     for y in range(count):
@@ -1274,9 +1347,9 @@ def write_report(run, looks, references):
     draw_quality(run, report)
     width = max(len(row.label) for row in run.rows)
     print(" " * width + "".join(f"  {title:>24}" for title in columns))
-    for row, figures in zip(run.rows, tables, strict=True):
+    for line, figures in zip(run.lines, tables, strict=True):
         cells = (show(figures.get(title), figure) for title, figure in columns.items())
-        print(f"{row.label:{width}}" + "".join(f"  {cell:>24}" for cell in cells))
+        print(f"{line[0].label:{width}}" + "".join(f"  {cell:>24}" for cell in cells))
     for line in [*run.warnings, *(f"{title} is left out: {reason}" for title, reason in run.left_out.items())]:
         print(line)
     print(f"{run.output / 'report.md'}: {len(run.rows)} rows of {len(run.items):,} pictures")
