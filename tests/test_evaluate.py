@@ -643,8 +643,11 @@ def test_commands_and_rows_of_the_docs(tool, monkeypatch):
         rows, left_out = tool.list_rows(args)
         assert not left_out and {row.name for row in rows} > {"teacher"}
     (text,) = blocks("docs/evaluation.md", "yaml")
-    rows = [made for row in tool.yaml.safe_load(text) for made in tool.make_rows(row)]
-    assert [row.label for row in rows][::3] == ["ours, 1 step", "TCD-LoRA, 4 steps"]
+    rows = [made for row in tool.yaml.safe_load(text) for made in tool.make_students(row, False, {})]
+    labels = ["ours, 1 step", "TCD-LoRA, 4 steps", "without guidance, 50 steps", "CT, 1 step"]
+    lines = tool.group_rows(tool.add_references(rows, True))
+    assert set(labels) < {line[0].label for line in lines}
+    assert [len(line) for line in lines if line[0].name == "CT"] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -800,6 +803,66 @@ def test_training_seeds_have_one_recipe(tool, trainings, tmp_path):
     ]
 
 
+# ---------------------------------------------------------------------------------------------------------- references
+def test_another_reference(tool, tiny, prompts, trainings, tmp_path):
+    """A row can be held against another than the teacher, which then has a floor and few steps of its own."""
+    plain = ["--row", "name=plain", f"model={tiny}", "steps=3", "guidance_scale=1"]
+    given = [*plain, "--row", "name=a", f"model={trainings[0]}", "steps=1,2", "guidance_scale=1"]
+    output = tmp_path / "out"
+    report = evaluate(tool, *flags(tiny, prompts, output, *given, "reference=plain"))
+    figures = {row["label"]: row["figures"] for row in report["rows"]}
+    assert list(figures) == ["teacher, 3 steps", "teacher, other noise, 3 steps", "teacher, 1 step", "teacher, 2 steps",
+                             "plain, 3 steps", "plain, other noise, 3 steps", "plain, 1 step", "plain, 2 steps",
+                             "a, 1 step", "a, 2 steps"]  # fmt: skip
+    sets = {name: [Image.open(path) for path in sorted((output / "pictures" / name).glob("*.png"))]
+            for name in ("teacher-3", "plain-3", "plain-other-noise-3", "a-2")}  # fmt: skip
+    look = tool.load_vae_statistics(tiny, "cpu")
+    with torch.no_grad():
+        features = {name: look(images, None).double().numpy() for name, images in sets.items()}
+    for label, row, reference in (("plain, 3 steps", "plain-3", "teacher-3"), ("a, 2 steps", "a-2", "plain-3"),
+                                  ("plain, other noise, 3 steps", "plain-other-noise-3", "plain-3")):  # fmt: skip
+        psnr = np.mean([tool.compare_pair(*pair)[0] for pair in zip(sets[row], sets[reference], strict=True)])
+        project = tool.principal_components(features[reference])
+        fd = tool.frechet_distance(project(features[row]), project(features[reference]))
+        assert figures[label]["PSNR, dB"]["value"] == pytest.approx(psnr)
+        assert figures[label]["FD (vae)"]["value"] == pytest.approx(fd, rel=1e-3)
+    text = (output / "report.md").read_text()
+    first, second = text.split("The reference: the pictures of *")[1:]
+    assert (
+        first.startswith("teacher, 3 steps*; *teacher, other noise, 3 steps* is the floor") and "| plain | 3 |" in first
+    )
+    assert second.startswith("plain, 3 steps*") and "| a | 2 |" in second and "| a | 2 |" not in first
+    # held against the teacher after all, no picture is drawn again
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("0*.png")}
+    report = evaluate(tool, *flags(tiny, prompts, output, *given))
+    assert report["rows"][-1]["figures"]["PSNR, dB"] != figures["a, 2 steps"]["PSNR, dB"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("name=a {m} steps=1 reference=b", "row a: there is no row b, which it names as its reference"),
+        (
+            "name=b {m} steps=1,2 --row name=a {m} steps=1 reference=b",
+            "row b is the reference of others: it must be one",
+        ),
+        (
+            "name=b model={t},{t} steps=2 guidance_scale=1 --row name=a {m} steps=1 reference=b",
+            "row b is the reference",
+        ),
+        (
+            "name=a {m} steps=1 reference=teacher --protocol coco5k --references .",
+            "reference= is for protocol fidelity",
+        ),
+    ],
+)
+def test_errors_of_references(tool, tiny, prompts, tmp_path, given, message):
+    given = given.replace("{m}", "model={t} guidance_scale=1").replace("{t}", str(tiny)).split()
+    with pytest.raises(SystemExit, match=message):
+        evaluate(tool, *flags(tiny, prompts, tmp_path / "out", "--row", *given))
+
+
 # --------------------------------------------------------------------------------------------------------------- demo
 @pytest.fixture(scope="module")
 def drawn(tool, tmp_path_factory):
@@ -852,9 +915,11 @@ def test_demo_target(tool):
     args = tool.parse_args(command.split("tools/evaluate.py")[1].split())
     rows = tool.read_rows(ROOT / args.rows)
     assert len(rows) >= 6 and all({"name", "model", "steps"} <= row.keys() for row in rows)
-    models = [model for row in rows for one in tool.training_seeds(row).values() for model in [one["model"]]]
-    assert {re.sub(r"-seed\d$", "", model) for model in models} <= {path.replace("demo", "demo/output", 1) for path in
-                                              re.findall(r"demo[\w-]*", (ROOT / "Makefile").read_text())}  # fmt: skip
+    made = {
+        path.replace("demo", "demo/output", 1) for path in re.findall(r"demo[\w-]*", (ROOT / "Makefile").read_text())
+    }
+    models = {re.sub(r"-seed\d$", "", one["model"]) for row in rows for one in tool.training_seeds(row).values()}
+    assert models <= made | {args.teacher[0]} and len(models) >= 6
     assert args.skip_missing and args.protocol == "fidelity" and (ROOT / args.teacher[0]).is_dir()
     assert len(tool.read_prompts(args)[0]) * args.images_per_prompt >= 256
 

@@ -155,8 +155,9 @@ def add_row_args(parser):
     add("--guidance_scale", type=float, default=7.5, help="of the teacher")
     add("--no_floor", action="store_true", help="leave out the teacher with other noise: the floor of FD and KD")
     add("--row", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="name= model= steps=1,2,4 "
-        "[guidance_scale= eta= lora= weight_name= scheduler=CLASS scheduler.OPTION= revision= variant=]; an output "
-        "folder of a training script needs name, model and steps only; model=A,B,C: training seeds of it")  # fmt: skip
+        "[guidance_scale= eta= lora= weight_name= scheduler=CLASS scheduler.OPTION= revision= variant= "
+        "reference=ROW]; an output folder of a training script needs name, model and steps only; model=A,B,C: training "
+        "seeds of it; reference: a row that it is compared with, not with the teacher")  # fmt: skip
     add("--rows", metavar="FILE", help="YAML or JSON: a list of mappings with the keys of --row")
     add("--skip_missing", action="store_true", help="leave out rows, and training seeds, whose folder holds no model")
 
@@ -214,7 +215,7 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
-ROW_KEYS = "name model steps guidance_scale eta lora weight_name scheduler revision variant".split()
+ROW_KEYS = "name model steps guidance_scale eta lora weight_name scheduler revision variant reference".split()
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -234,6 +235,7 @@ class Row:
     scheduler_options: tuple = ()
     revision: str | None = None
     variant: str | None = None
+    reference: str | None = None  # name of the row whose pictures it is compared with; None: the first row
     stream: int = 0  # of noise: the floor row draws from another one
     member: int = 1  # which of the row's training seeds
 
@@ -370,6 +372,7 @@ def make_rows(row, member=1):
     if min(steps) < 1:
         fail(f"row {name}: steps must be 1 or more")
     row |= {"scheduler_options": tuple(sorted(options.items())), "member": member}
+    row["reference"] = row.get("reference") and str(row["reference"])
     return [Row(**row, steps=k) for k in dict.fromkeys(steps)]
 
 
@@ -393,6 +396,26 @@ def make_students(row, skips_missing, left_out):
     return made
 
 
+def add_references(rows, has_floor):
+    """Adds the floor after the first row. A row that others name as their reference has what comes with the teacher:
+    the floor, and rows of their steps, which are compared with it.
+    """
+    steps, found = collections.defaultdict(set), []
+    for row in rows:
+        steps[row.reference].add(row.steps)
+    for row in rows:
+        found.append(row)
+        is_reference = row.name in steps and row.name != rows[0].name
+        own = {"reference": row.name} if is_reference else {}
+        if is_reference and len([other for other in rows if other.name == row.name]) > 1:
+            fail(f"row {row.name} is the reference of others: it must be one model at one number of steps")
+        if has_floor and (is_reference or row is rows[0]):
+            found.append(dataclasses.replace(row, stream=1, **own))
+        if is_reference:
+            found += [dataclasses.replace(row, steps=k, **own) for k in sorted(steps[row.name] - {row.steps})]
+    return found
+
+
 def list_rows(args):
     """All rows of the comparison, the teacher first, and {name: reason} of those that were left out."""
     students, left_out = [], {}
@@ -403,9 +426,10 @@ def list_rows(args):
         few = sorted({row.steps for row in students} - {args.teacher_steps})
         teacher = {"name": "teacher", "model": args.teacher[0], "guidance_scale": args.guidance_scale}
         rows = make_rows(teacher | parse_pairs(args.teacher[1:], "--teacher") | {"steps": [args.teacher_steps, *few]})
-        if PROTOCOLS[args.protocol].references is None and not args.no_floor:
-            rows.insert(1, dataclasses.replace(rows[0], stream=1))
-    rows += students
+    if PROTOCOLS[args.protocol].references is not None and any(row.reference for row in students):
+        fail(f"--protocol {args.protocol} compares with real pictures: reference= is for protocol fidelity")
+    has_floor = PROTOCOLS[args.protocol].references is None and not args.no_floor
+    rows = add_references(rows + students, has_floor)
     folders = collections.Counter(row.folder for row in rows)
     if twice := [row.label for row in rows if folders[row.folder] > 1]:
         fail(f"two rows are called {twice[0]}: give them names of their own")
@@ -418,6 +442,17 @@ def group_rows(rows):
     for row in rows:
         lines.setdefault((row.title, row.steps), []).append(row)
     return list(lines.values())
+
+
+def find_targets(lines):
+    """The number of the line with which each is compared; None for the first."""
+    numbers = {}
+    for number, line in enumerate(lines):
+        numbers.setdefault(line[0].name, number)  # a reference stands before the rows that come with it
+    if unknown := [line[0] for line in lines if line[0].reference not in (None, *numbers)]:
+        fail(f"row {unknown[0].name}: there is no row {unknown[0].reference}, which it names as its reference")
+    targets = [numbers.get(line[0].reference, 0) for line in lines]
+    return [None, *(0 if target == number else target for number, target in enumerate(targets[1:], 1))]
 
 
 def fingerprint(source):
@@ -435,7 +470,8 @@ def fingerprint(source):
 def row_settings(row):
     """What must be the same for pictures to be of this row."""
     settings = dataclasses.asdict(row) | {"weights": fingerprint(row.model), "lora_weights": fingerprint(row.lora)}
-    settings.pop("member")  # nothing that is drawn depends on it
+    for key in ("member", "reference"):  # nothing that is drawn depends on them
+        del settings[key]
     return json.loads(json.dumps(settings))  # tuples are lists then
 
 
@@ -592,8 +628,16 @@ class Evaluation:
         self.dtype = args.dtype or ("float32" if self.state.device.type == "cpu" else "float16")
         (self.prompts, self.described), (self.rows, self.left_out) = read_prompts(args), list_rows(args)
         self.lines = group_rows(self.rows)
+        self.targets = find_targets(self.lines)
         self.items = [(i, k) for i in range(len(self.prompts)) for k in range(args.images_per_prompt)]
         self.warnings = []
+
+    def groups(self):
+        """{number of a reference: numbers of the lines that are compared with it}; {None: all} with real pictures."""
+        if self.protocol.references is not None:
+            return {None: list(range(len(self.lines)))}
+        return {target: [number for number, found in enumerate(self.targets) if found == target]
+                for target in dict.fromkeys([0, *self.targets[1:]])}  # fmt: skip
 
     def folder(self, row):
         return self.output / "pictures" / row.folder
@@ -732,7 +776,8 @@ def draw_rows(run):
     loaded, pipe, counts = None, None, collections.Counter()
     with run.bar(sum(row.steps * len(batch) for row, mine in work for batch in mine), "step", "drawing") as bar:
         for row, mine in work:
-            source = dataclasses.replace(row, name="", steps=0, guidance_scale=0, eta=None, stream=0, member=1)
+            different = {"guidance_scale": 0, "eta": None, "stream": 0, "member": 1, "reference": None}
+            source = dataclasses.replace(row, name="", steps=0, **different)  # the same pipeline draws them all
             if mine and source != loaded:
                 pipe = None  # before the next one is loaded
                 gc.collect()
@@ -1057,19 +1102,21 @@ def measure_all(run):
 
 
 def pair_figures(run, sets):
-    """PSNR and sharpness of every line but the first, to whose pictures the others are compared; {} for the first."""
-    others = [pictures for line in sets[1:] for pictures in line]
+    """PSNR and sharpness of every line, compared with the pictures of its reference; {} for the first."""
+    pairs = [(pictures, sets[target][0]) for line, target in zip(sets[1:], run.targets[1:], strict=True)
+             for pictures in line]  # fmt: skip
+    references = {id(reference): reference for _, reference in pairs}
 
     def compare(index):
-        reference = sets[0][0].load(index)
-        return [compare_pair(pictures.load(index), reference) for pictures in others]
+        loaded = {key: reference.load(index) for key, reference in references.items()}
+        return [compare_pair(pictures.load(index), loaded[id(reference)]) for pictures, reference in pairs]
 
-    values = np.zeros((len(run.items), len(others), 3))
+    values = np.zeros((len(run.items), len(pairs), 3))
     with ThreadPoolExecutor() as pool, run.bar(len(run.items), "picture", "PSNR") as bar:
         for index, found in enumerate(pool.map(compare, range(len(run.items)))):
             values[index] = np.reshape(found, (-1, 3))
             bar.update()
-    figures, means = [{}], iter(prompt_means(run, values[:, column]) for column in range(len(others)))
+    figures, means = [{}], iter(prompt_means(run, values[:, column]) for column in range(len(pairs)))
     for line in sets[1:]:
         members = [next(means) for _ in line]
         sharpness = over_seeds(members, lambda mean: mean[1] / max(mean[2], 1e-12))
@@ -1106,40 +1153,45 @@ def collect(run, looks, references):
 
 
 def set_figures(run, look, values, references):
-    """Distances of each line's features from the reference's: the real pictures, or else the first line's."""
-    reference, title = values[0][0], look.title(look.figures[0])
+    """Distances of each line's features from those of the real pictures, or else from those of its reference."""
+    title, found = look.title(look.figures[0]), [{} for _ in run.lines]
     if look.is_real:
-        reference = measured(run, look, references)
-        if lost := len(references.places) - len(reference):
+        real = measured(run, look, references)
+        if lost := len(references.places) - len(real):
             run.warnings.append(f"{title}: {lost} of {len(references.places)} reference pictures are broken")
-    if look.network == "vae":
-        project = principal_components(reference)
-        reference, values = project(reference), [[project(one) for one in line] for line in values]
-    compute = {"fd": frechet_distance, "patch_fd": frechet_distance, "kd": kernel_distance}
-    found = []
-    for line in values if look.is_real else values[1:]:
-        single = {figure: [compute[figure](one, reference) for one in line] for figure in look.figures}
-        found.append({figure: {"value": statistics.fmean(each), "pictures": len(line[0])} | spread(each)
-                      for figure, each in single.items()})  # fmt: skip
-    found = found if look.is_real else [{}, *found]  # the reference itself
-    check_stability(run, look, values, reference, found)
+    for target, numbers in run.groups().items():
+        reference = real if look.is_real else values[target][0]
+        project = principal_components(reference) if look.network == "vae" else lambda features: features
+        reference, projected = project(reference), {n: [project(one) for one in values[n]] for n in numbers}
+        for number, line in projected.items():
+            found[number] = {figure: distance(figure, line, reference) for figure in look.figures}
+        floor = next((n for n in numbers if run.lines[n][0].stream or look.is_real), None)
+        check_stability(run, look, reference, None if floor is None else projected[floor][0], floor)
     return found
 
 
-def check_stability(run, look, values, reference, found):
+DISTANCES = {"fd": frechet_distance, "patch_fd": frechet_distance, "kd": kernel_distance}
+
+
+def distance(figure, members, reference):
+    """The distance of the features of each training seed from the reference's, and the number of pictures."""
+    single = [DISTANCES[figure](features, reference) for features in members]
+    return {"value": statistics.fmean(single), "pictures": len(members[0])} | spread(single)
+
+
+def check_stability(run, look, reference, features, number):
     """Warns where an FD tells more of the number of pictures than of the pictures: where there are few for their
     covariance, or half of a row's pictures read otherwise than all. That row is the floor, or the first one.
     """
     title, width = look.title(look.figures[0]), reference.shape[1]
-    if (fewest := min(len(values[0][0]), len(reference))) <= 2 * width:
-        run.warnings.append(f"{title}: {fewest} pictures are too few for {width} features: it is biased upwards and "
-                            f"not stable; draw more than {2 * width}")  # fmt: skip
-    index = next((i for i, line in enumerate(run.lines) if line[0].stream or look.is_real), None)
-    if index is not None and len(values[index][0]) >= 4:
-        half, whole = frechet_distance(values[index][0][::2], reference[::2]), found[index][look.figures[0]]
-        whole = whole.get("single", [whole["value"]])[0]
+    if (fewest := min(len(run.items), len(reference))) <= 2 * width:
+        warning = (f"{title}: {fewest} pictures are too few for {width} features: it is biased upwards and not stable; "
+                   f"draw more than {2 * width}")  # fmt: skip
+        run.warnings += [warning] * (warning not in run.warnings)
+    if features is not None and len(features) >= 4:
+        half, whole = frechet_distance(features[::2], reference[::2]), frechet_distance(features, reference)
         if abs(half - whole) > 0.1 * whole:
-            numbers = f"{run.lines[index][0].label}, reads {whole:.3g}, and {half:.3g} with half as many"
+            numbers = f"{run.lines[number][0].label}, reads {whole:.3g}, and {half:.3g} with half as many"
             run.warnings.append(f"{title} depends on the number of pictures: {numbers}; compare equal numbers only")
 
 
@@ -1204,36 +1256,57 @@ def published(run, columns):
     return f"{table}\n\nSource: {protocol.source}. Their prompts and noise are not these."
 
 
-def write_markdown(run, report):
-    """report.md: for a reader who has nothing else."""
-    columns, lines, speed = report["columns"], [], []
+def figure_tables(run, report):
+    """A table for each reference: it, and the lines that are compared with it."""
+    columns, tables = report["columns"], []
     head = ["model", "steps", "network evaluations", "guidance", "eta"]
     head += [heading(title, figure, len(run.items)) for title, figure in columns.items()]
+    for target, numbers in run.groups().items():
+        lines = []
+        for number in [target] * (target is not None) + numbers:
+            row, found = run.lines[number][0], report["rows"][number]
+            figures = found["figures"] if number in numbers else {}
+            cells = [f"{row.guidance_scale:g}", "–" if row.eta is None else f"{row.eta:g}"]
+            cells += [show(figures.get(title), figure) for title, figure in columns.items()]
+            lines.append([title_of(run.lines[number]), row.steps, evaluations_of(found), *cells])
+        tables.append(f"{describe_reference(run, target, numbers)}\n\n{markdown_table(head, lines)}")
+    return "\n\n".join(tables)
+
+
+def evaluations_of(found):
+    return f"{found['speed']['evaluations']:g}" if found["speed"].get("evaluations") else "–"
+
+
+def describe_reference(run, target, numbers):
+    """What the figures of these lines are compared with."""
+    if run.protocol.references is not None:
+        return f"The reference: the real pictures of `{' '.join(run.args.references)}`."
+    floors = [f"; *{run.lines[number][0].label}* is the floor" for number in numbers if run.lines[number][0].stream]
+    return f"The reference: the pictures of *{run.lines[target][0].label}*{''.join(floors)}."
+
+
+def speed_table(run, report):
+    lines = []
     for line, found in zip(run.lines, report["rows"], strict=True):
-        row, times = line[0], found["speed"]
-        figures = [show(found["figures"].get(title), columns[title]) for title in columns]
-        eta = "–" if row.eta is None else f"{row.eta:g}"
-        evaluations = f"{times['evaluations']:g}" if times.get("evaluations") else "–"
-        lines.append([title_of(line), row.steps, evaluations, f"{row.guidance_scale:g}", eta, *figures])
-        if times:
+        if times := found["speed"]:
             numbers = (f"{times[key]:.3g}" for key in ("pictures_per_second", "seconds"))
-            speed.append([title_of(line), row.steps, *numbers, f"{times['device']}, {run.dtype}"])
-    first, floor = run.rows[0], next((row for row in run.rows if row.stream), None)
-    seeds = "A row of several training seeds shows their mean ± standard deviation. " * (len(lines) < len(run.rows))
-    reference = f"the real pictures of `{' '.join(run.args.references or [])}`"
-    if run.protocol.references is None:
-        reference = f"the pictures of *{first.label}*" + (f"; *{floor.label}* is the floor" if floor else "")
+            lines.append([title_of(line), line[0].steps, *numbers, f"{times['device']}, {run.dtype}"])
+    return markdown_table(["model", "steps", "pictures/s", "s a picture", "device, precision"], lines)
+
+
+def write_markdown(run, report):
+    """report.md: for a reader who has nothing else."""
+    seeds = "A row of several training seeds shows their mean ± standard deviation. " * (len(run.lines) < len(run.rows))
     notes = [f"**{title}**, {FIGURES[figure].better} is better: {FIGURES[figure].meaning}."
-             for title, figure in columns.items()]  # fmt: skip
+             for title, figure in report["columns"].items()]  # fmt: skip
     notes += [f"**Warning.** {warning}." for warning in report["warnings"]]
     notes += [f"**{title}** is left out: {reason}." for title, reason in report["left_out"].items()]
     text = f"""# Evaluation by protocol `{report["protocol"]}`
 
 {run.protocol.about[0].upper() + run.protocol.about[1:]}.
 {len(run.prompts):,} prompts × {run.args.images_per_prompt} = {len(run.items):,} pictures a row, of the same prompts and noise in all rows, seed {report["seed"]}, {report["dtype"]}.
-The reference: {reference}.
 
-{markdown_table(head, lines)}
+{figure_tables(run, report)}
 
 {seeds}In brackets the 95 % interval by bootstrap over prompts; a difference between two rows is surer than that, for their prompts and noise
 are the same. Network evaluations are counted, for a picture: guidance doubles them.
@@ -1246,11 +1319,11 @@ are the same. Network evaluations are counted, for a picture: guidance doubles t
 
 ## Published figures of this protocol
 
-{published(run, columns)}
+{published(run, report["columns"])}
 
 ## Speed
 
-{markdown_table(["model", "steps", "pictures/s", "s a picture", "device, precision"], speed)}
+{speed_table(run, report)}
 
 Warm, in batches of up to {run.args.batch_size}, on one device; with text encoder and VAE.
 
