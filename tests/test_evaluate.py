@@ -539,7 +539,8 @@ def test_prompts_of_coco(tool, tmp_path):
     for number in (numbers[0], numbers[1], numbers[7]):
         (tmp_path / f"{number}.jpg").write_bytes(image_bytes(number))
     args = tool.parse_args(["--prompts", str(paths[0]), "--num_prompts", "5", "--output_dir", "o", "--teacher", "t"])
-    prompts, described = tool.read_prompts(args)
+    prompts, described, kinds = tool.read_prompts(args)
+    assert kinds == {}
     assert prompts == [text for text, _ in found[0][:5]]
     pictures = tool.find_references([str(tmp_path)], tmp_path / "cache", described)  # those that the prompts describe
     assert {Path(path).name for path, _, _ in pictures.places} == {f"{number}.jpg" for number in numbers[:2]}
@@ -801,6 +802,58 @@ def test_training_seeds_have_one_recipe(tool, trainings, tmp_path):
         2,
         2,
     ]
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of prompt
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["d/test_full.txt", "d/test_un-styled.txt", "d/test_full.txt"], {"full": [0, 2], "un-styled": [1]}),
+        (["a/p.txt", "b/p.txt"], {"a/p.txt": [0], "b/p.txt": [1]}),
+        (["test.txt", "test_b.txt"], {"test": [0], "test_b": [1]}),
+        (["a.txt", "a.txt"], {}),
+    ],
+)
+def test_names_of_kinds(tool, sources, names):
+    assert {name: numbers.tolist() for name, numbers in tool.name_kinds(sources).items()} == names
+
+
+def test_figures_by_kind_of_prompt(tool, tiny, clip, prompts, references, trainings, tmp_path):
+    """Every source of prompts has figures of its own: those of an evaluation of that source, but for the axes of FD."""
+    other = tmp_path / "prompts_b.txt"
+    other.write_text("\n".join(["deep", "blue"] * 18))
+    row = ["--row", "name=a", f"model={trainings[0]},{trainings[1]}", "steps=1", "guidance_scale=1"]
+    row += ["--images_per_prompt", "2"]
+    given = flags(tiny, prompts, tmp_path / "out", "--prompts", prompts, other, *row)
+    report = evaluate(tool, *given)
+    found = report["rows"][-1]
+    assert list(found["kinds"]) == ["prompts", "prompts_b"]
+    single = evaluate(tool, *flags(tiny, prompts, tmp_path / "one", *row))["rows"][-1]["figures"]  # the first source
+    for title in ("PSNR, dB", "sharpness"):
+        for key in ("value", "low", "high", "spread"):
+            assert found["kinds"]["prompts"][title][key] == pytest.approx(single[title][key], rel=1e-3)
+    sets = [[Image.open(path) for path in sorted((tmp_path / "out" / "pictures" / name).glob("*.png"))]
+            for name in ("teacher-3", "a-1", "a-1-training-2")]  # fmt: skip
+    look = tool.load_vae_statistics(tiny, "cpu")
+    with torch.no_grad():
+        features = [look(images, None).double().numpy() for images in sets]
+    project = tool.principal_components(features[0])
+    expected = [tool.frechet_distance(project(each)[12:], project(features[0])[12:]) for each in features[1:]]
+    assert found["kinds"]["prompts_b"]["FD (vae)"]["single"] == pytest.approx(expected, rel=1e-3)
+    assert found["kinds"]["prompts_b"]["FD (vae)"]["pictures"] == 72
+    assert "FD (vae)" not in found["kinds"]["prompts"]  # 12 pictures, 11 features
+    text = (tmp_path / "out" / "report.md").read_text().split("## By kind of prompt")[1]
+    assert "| network evaluations | model, steps | prompts, n = 12 | prompts_b, n = 72 |" in text
+    lines = [line.split(" | ")[:2] for line in text.split("### sharpness")[0].splitlines() if line[2:3].isdigit()]
+    assert lines == [["| 1", "a (2 training seeds), 1"], ["| 2", "teacher, 1"], ["| 6", "teacher, other noise, 3"]]
+    assert "### FD (vae) ↓, to *teacher, 3 steps*" in text
+    given = [*given, "--protocol", "coco5k", "--references", references, "--clip_model", clip, "--pick_model", clip]
+    report = evaluate(tool, *given, "--output_dir", tmp_path / "scores")
+    for title in ("CLIP score", "PickScore"):
+        parts = [report["rows"][-1]["kinds"][kind][title]["value"] for kind in ("prompts", "prompts_b")]
+        assert np.average(parts, weights=[6, 36]) == pytest.approx(report["rows"][-1]["figures"][title]["value"])
+        assert parts[0] != pytest.approx(parts[1], rel=1e-6)
+    assert "FD (vae)" in report["rows"][-1]["figures"] and "FD (vae)" not in report["rows"][-1]["kinds"]["prompts_b"]
 
 
 # ---------------------------------------------------------------------------------------------------------- references

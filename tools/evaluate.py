@@ -30,6 +30,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -549,8 +550,10 @@ def read_coco_captions(path):
 
 
 def read_prompts(args):
-    """The prompts, as many as are wanted, and the names of the pictures that they describe, where COCO's are."""
-    prompts = []
+    """The prompts, as many as are wanted, the names of the pictures that they describe, where COCO's are, and
+    {kind: numbers of its prompts} where they are of several sources.
+    """
+    prompts, sources = [], []
     for source in args.prompts:
         if source.endswith(".json"):
             prompts += read_coco_captions(source)
@@ -562,10 +565,26 @@ def read_prompts(args):
             except (OSError, ValueError) as error:
                 fail(f"--prompts {source} cannot be read: {first_line(error)}")
             prompts += [(line.strip(), None) for line in lines if line.strip()]
+        sources += [source] * (len(prompts) - len(sources))
     if len(prompts) < (args.num_prompts or 1):
         fail(f"--prompts holds {len(prompts)} prompts, and {args.num_prompts or 1} are wanted")
     chosen = prompts[: args.num_prompts or PROTOCOLS[args.protocol].prompts]
-    return [caption for caption, _ in chosen], {name for _, name in chosen} - {None}
+    kinds = name_kinds(sources[: len(chosen)])
+    return [caption for caption, _ in chosen], {name for _, name in chosen} - {None}, kinds
+
+
+def name_kinds(sources):
+    """{kind: numbers of its prompts}, {} if all are of one source. A kind is called by what its file's name has of its
+    own: test_plain.txt and test_styled.txt are "plain" and "styled".
+    """
+    files = list(dict.fromkeys(sources))
+    stems = [Path(file).stem for file in files]
+    shared = re.sub(r"[^_-]*$", "", os.path.commonprefix(stems))
+    names = [stem.removeprefix(shared) or stem for stem in stems]
+    names = names if len(set(names)) == len(files) else files
+    found = {name: np.flatnonzero([source == file for source in sources])
+             for name, file in zip(names, files, strict=True)}  # fmt: skip
+    return found if len(found) > 1 else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -626,7 +645,8 @@ class Evaluation:
         is_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.accelerator.is_available()
         self.state = PartialState(cpu=is_cpu, timeout=datetime.timedelta(days=30))  # ranks wait for the slowest
         self.dtype = args.dtype or ("float32" if self.state.device.type == "cpu" else "float16")
-        (self.prompts, self.described), (self.rows, self.left_out) = read_prompts(args), list_rows(args)
+        (self.prompts, self.described, kinds), (self.rows, self.left_out) = read_prompts(args), list_rows(args)
+        self.kinds = {"": np.arange(len(self.prompts))} | kinds  # all prompts, and those of each source
         self.lines = group_rows(self.rows)
         self.targets = find_targets(self.lines)
         self.items = [(i, k) for i in range(len(self.prompts)) for k in range(args.images_per_prompt)]
@@ -1102,7 +1122,7 @@ def measure_all(run):
 
 
 def pair_figures(run, sets):
-    """PSNR and sharpness of every line, compared with the pictures of its reference; {} for the first."""
+    """PSNR and sharpness of every line by kind of prompt, compared with its reference's pictures; {} for the first."""
     pairs = [(pictures, sets[target][0]) for line, target in zip(sets[1:], run.targets[1:], strict=True)
              for pictures in line]  # fmt: skip
     references = {id(reference): reference for _, reference in pairs}
@@ -1118,9 +1138,12 @@ def pair_figures(run, sets):
             bar.update()
     figures, means = [{}], iter(prompt_means(run, values[:, column]) for column in range(len(pairs)))
     for line in sets[1:]:
-        members = [next(means) for _ in line]
-        sharpness = over_seeds(members, lambda mean: mean[1] / max(mean[2], 1e-12))
-        figures.append({"psnr": over_seeds(members), "sharpness": sharpness})
+        members, found = [next(means) for _ in line], {}
+        for kind, numbers in run.kinds.items():
+            of_kind = [values[numbers] for values in members]
+            sharpness = over_seeds(of_kind, lambda mean: mean[1] / max(mean[2], 1e-12))
+            found[kind] = {"psnr": over_seeds(of_kind), "sharpness": sharpness}
+        figures.append(found)
     return figures
 
 
@@ -1130,14 +1153,17 @@ def prompt_means(run, values):
 
 
 def collect(run, looks, references):
-    """All figures by line, [{column: {value, …}}], and the columns, {title: figure}. Adds warnings."""
+    """All figures by line and kind of prompt ("" is all), [{kind: {column: {value, …}}}], and the columns, {title:
+    figure}. Adds warnings.
+    """
     sets = [[run.pictures(row) for row in line] for line in run.lines]
-    columns, tables = {}, [{} for _ in run.lines]
+    columns, tables = {}, [{kind: {} for kind in run.kinds} for _ in run.lines]
 
     def add(titles, found):
         columns.update({title: figure for figure, title in titles.items()})
-        for table, figures in zip(tables, found, strict=True):
-            table.update({titles[figure]: value for figure, value in figures.items()})
+        for table, kinds in zip(tables, found, strict=True):
+            for kind, figures in kinds.items():
+                table[kind].update({titles[figure]: value for figure, value in figures.items()})
 
     if "psnr" in run.protocol.figures:
         add({figure: FIGURES[figure].title for figure in ("psnr", "sharpness")}, pair_figures(run, sets))
@@ -1146,14 +1172,22 @@ def collect(run, looks, references):
         if look.network:
             found = set_figures(run, look, values, references)
         else:
-            scale = 100 if "clip" in look.figures else 1
-            found = [{look.figures[0]: over_seeds([prompt_means(run, scale * one) for one in line])} for line in values]
+            found = [score_figures(run, look, line) for line in values]
         add({figure: look.title(figure) for figure in look.figures}, found)
     return tables, columns
 
 
+def score_figures(run, look, members):
+    """{kind: {figure: …}} of a score by picture, from the scores of each training seed."""
+    means = [prompt_means(run, values * (100 if "clip" in look.figures else 1)) for values in members]
+    return {kind: {look.figures[0]: over_seeds([values[numbers] for values in means])}
+            for kind, numbers in run.kinds.items()}  # fmt: skip
+
+
 def set_figures(run, look, values, references):
-    """Distances of each line's features from those of the real pictures, or else from those of its reference."""
+    """Distances of each line's features from those of the real pictures, or else from those of its reference, by kind
+    of prompt: of a kind from the reference's pictures of it, where there are enough for the number of features.
+    """
     title, found = look.title(look.figures[0]), [{} for _ in run.lines]
     if look.is_real:
         real = measured(run, look, references)
@@ -1164,10 +1198,25 @@ def set_figures(run, look, values, references):
         project = principal_components(reference) if look.network == "vae" else lambda features: features
         reference, projected = project(reference), {n: [project(one) for one in values[n]] for n in numbers}
         for number, line in projected.items():
-            found[number] = {figure: distance(figure, line, reference) for figure in look.figures}
+            found[number][""] = {figure: distance(figure, line, reference) for figure in look.figures}
+        for kind, pictures in of_kinds(run, look, reference.shape[1]).items():
+            for number, line in projected.items():
+                pair = [features[pictures] for features in line], reference[pictures]
+                found[number][kind] = {figure: distance(figure, *pair) for figure in look.figures}
         floor = next((n for n in numbers if run.lines[n][0].stream or look.is_real), None)
         check_stability(run, look, reference, None if floor is None else projected[floor][0], floor)
     return found
+
+
+def of_kinds(run, look, width):
+    """{kind: numbers of its pictures} of the kinds of prompt that have pictures enough for so many features. Real
+    pictures are of no kind.
+    """
+    if look.is_real:
+        return {}
+    count = run.args.images_per_prompt
+    pictures = {kind: (numbers[:, None] * count + np.arange(count)).ravel() for kind, numbers in run.kinds.items()}
+    return {kind: numbers for kind, numbers in pictures.items() if kind and len(numbers) > 2 * width}
 
 
 DISTANCES = {"fd": frechet_distance, "patch_fd": frechet_distance, "kd": kernel_distance}
@@ -1231,7 +1280,10 @@ def make_report(run, tables, columns):
         row = {key: value for key, value in dataclasses.asdict(line[0]).items() if value not in (None, ())}
         row |= {key: [getattr(each, key) for each in line] for key in ("model", "lora") if len(line) > 1 and key in row}
         del row["member"]
-        rows.append(row | {"label": line[0].label, "figures": figures, "speed": read_times(run, line)})
+        row |= {"label": line[0].label, "figures": figures[""], "speed": read_times(run, line)}
+        rows.append(
+            row | ({"kinds": {kind: each for kind, each in figures.items() if kind}} if len(figures) > 1 else {})
+        )
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -1271,6 +1323,25 @@ def figure_tables(run, report):
             lines.append([title_of(run.lines[number]), row.steps, evaluations_of(found), *cells])
         tables.append(f"{describe_reference(run, target, numbers)}\n\n{markdown_table(head, lines)}")
     return "\n\n".join(tables)
+
+
+def kind_tables(run, report):
+    """For each figure a table with the kinds of prompt in columns, ordered by network evaluations."""
+    kinds, count = [kind for kind in run.kinds if kind], run.args.images_per_prompt
+    head = ["network evaluations", "model, steps", *(f"{kind}, n = {len(run.kinds[kind]) * count:,}" for kind in kinds)]
+    text = "## By kind of prompt\n\nThe kinds are the sources of --prompts; n is the number of pictures."
+    for target, title in itertools.product(run.groups(), report["columns"]):
+        lines = []
+        for number in run.groups()[target]:
+            row, name = report["rows"][number], f"{title_of(run.lines[number])}, {run.lines[number][0].steps}"
+            cells = [show(row["kinds"][kind].get(title), report["columns"][title]) for kind in kinds]
+            if set(cells) != {"–"}:
+                lines.append([row["speed"].get("evaluations", math.inf), [evaluations_of(row), name, *cells]])
+        lines = [cells for _, cells in sorted(lines, key=lambda line: line[0])]
+        figure = FIGURES[report["columns"][title]]
+        about = f"{title} {ARROWS[figure.better]}" + ("" if target is None else f", to *{run.lines[target][0].label}*")
+        text += f"\n\n### {about}\n\n{markdown_table(head, lines)}" if lines else ""
+    return f"\n{text}\n" if kinds else ""
 
 
 def evaluations_of(found):
@@ -1316,7 +1387,7 @@ are the same. Network evaluations are counted, for a picture: guidance doubles t
 ![Pictures of the same noise](grid.png)
 
 ![Figures against network evaluations](quality.png)
-
+{kind_tables(run, report)}
 ## Published figures of this protocol
 
 {published(run, report["columns"])}
@@ -1420,8 +1491,8 @@ def write_report(run, looks, references):
     draw_quality(run, report)
     width = max(len(row.label) for row in run.rows)
     print(" " * width + "".join(f"  {title:>24}" for title in columns))
-    for line, figures in zip(run.lines, tables, strict=True):
-        cells = (show(figures.get(title), figure) for title, figure in columns.items())
+    for line, kinds in zip(run.lines, tables, strict=True):
+        cells = (show(kinds[""].get(title), figure) for title, figure in columns.items())
         print(f"{line[0].label:{width}}" + "".join(f"  {cell:>24}" for cell in cells))
     for line in [*run.warnings, *(f"{title} is left out: {reason}" for title, reason in run.left_out.items())]:
         print(line)
