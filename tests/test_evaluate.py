@@ -843,9 +843,10 @@ def test_figures_by_kind_of_prompt(tool, tiny, clip, prompts, references, traini
     assert found["kinds"]["prompts_b"]["FD (vae)"]["pictures"] == 72
     assert "FD (vae)" not in found["kinds"]["prompts"]  # 12 pictures, 11 features
     text = (tmp_path / "out" / "report.md").read_text().split("## By kind of prompt")[1]
-    assert "| network evaluations | model, steps | prompts, n = 12 | prompts_b, n = 72 |" in text
+    assert "| evaluations | model | prompts, n = 12 | prompts_b, n = 72 |" in text
     lines = [line.split(" | ")[:2] for line in text.split("### sharpness")[0].splitlines() if line[2:3].isdigit()]
-    assert lines == [["| 1", "a (2 training seeds), 1"], ["| 2", "teacher, 1"], ["| 6", "teacher, other noise, 3"]]
+    assert lines == [["| 1", "a (2 training seeds), 1 step"], ["| 2", "teacher, 1 step"],
+                     ["| 6", "teacher, other noise, 3 steps"]]  # fmt: skip
     assert "### FD (vae) ↓, to *teacher, 3 steps*" in text
     given = [*given, "--protocol", "coco5k", "--references", references, "--clip_model", clip, "--pick_model", clip]
     report = evaluate(tool, *given, "--output_dir", tmp_path / "scores")
@@ -854,6 +855,46 @@ def test_figures_by_kind_of_prompt(tool, tiny, clip, prompts, references, traini
         assert np.average(parts, weights=[6, 36]) == pytest.approx(report["rows"][-1]["figures"][title]["value"])
         assert parts[0] != pytest.approx(parts[1], rel=1e-6)
     assert "FD (vae)" in report["rows"][-1]["figures"] and "FD (vae)" not in report["rows"][-1]["kinds"]["prompts_b"]
+
+
+def test_grid(tool, tiny, prompts, tmp_path):
+    """Lines of the tables below each other, without floors; prompts of all kinds; --grid_steps keeps references."""
+    other = tmp_path / "prompts_b.txt"
+    other.write_text("deep\nblue\n")
+    row = ["--row", "name=a", f"model={tiny}", "steps=1,2", "guidance_scale=1"]
+    given = flags(tiny, prompts, tmp_path / "out", "--prompts", prompts, other, "--grid_prompts", "4", *row)
+    for more, names in (
+        ([], ["teacher-3", "teacher-1", "teacher-2", "a-1", "a-2"]),
+        (["--grid_steps", "2"], ["teacher-3", "teacher-2", "a-2"]),
+    ):
+        evaluate(tool, *given, *more)
+        grid = Image.open(tmp_path / "out" / "grid.png")
+        assert grid.size == (176 + 4 * 132, 76 + len(names) * 132)
+        for y, name in enumerate(names):
+            for x, prompt in enumerate((0, 1, 6, 7)):
+                image = Image.open(tmp_path / "out" / "pictures" / name / f"{prompt:05}-0.png").resize((128, 128))
+                place = (176 + x * 132, 76 + y * 132)
+                found = np.asarray(grid.crop((*place, place[0] + 128, place[1] + 128))).astype(int)
+                assert np.abs(found - np.asarray(image)).max() <= 2, (name, prompt)
+
+
+def test_panels_and_ticks(tool):
+    """Every line in its panel, with the spread and the floor; round numbers on the axes."""
+    assert tool.find_ticks(13.8, 33.1, False) == [15, 20, 25, 30]
+    assert tool.find_ticks(0.48, 1.1, False) == pytest.approx([0.6, 0.8, 1.0])
+    assert tool.find_ticks(3, 320, True) == [5, 10, 20, 50, 100, 200]
+    rows = [{"name": name, "stream": 0, "speed": {"evaluations": 2}, "figures": {"FD (x)": {"value": k, "spread": 0.5}}}
+            for k, name in enumerate("tabcd")]  # fmt: skip
+    rows[0]["figures"], rows[1]["stream"] = {}, 1
+    lines = [[tool.Row(name, "m", 4, 1.0)] for name in "tabcd"]
+    run = type("run", (), {"lines": lines, "groups": lambda _: {0: [1, 2, 3], 3: [4]}})()
+    found = tool.find_panels(run, {"rows": rows, "columns": {"FD (x)": "fd"}}, dict(zip("tabcd", "TABCD", strict=True)))
+    assert [panel[1:] for panels in found for panel in panels] == [
+        ({"B": [(2, 2, 0.5)], "C": [(2, 3, 0.5)]}, 1, True),
+        ({"D": [(2, 4, 0.5)]}, None, True),
+    ]
+    assert [panel[0] for panels in found for panel in panels] == [
+        "FD (x)\nto t, 4 steps; lower is better", "FD (x)\nto c, 4 steps; lower is better"]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- references

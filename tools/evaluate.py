@@ -12,7 +12,7 @@ noise, which depends on (seed, prompt, picture) alone: rows can be added later, 
 `accelerate launch` shares the work. Into --output_dir go
 
     report.md, report.json    the tables, and all that is needed to repeat them
-    grid.png                  prompts in rows, models in columns, the same noise
+    grid.png                  models one below the other, prompts side by side, the same noise
     quality.png               every figure against the number of network evaluations
     pictures/<row>/           what was drawn, and what the networks that judge it made of it
 
@@ -186,7 +186,13 @@ def add_output_args(parser):
     add("--output_dir", required=True, help="folder of pictures and report; with the same one, an evaluation goes on")
     add("--batch_size", type=positive, default=16, help="pictures drawn, or looked at, at once")
     add("--dtype", choices=DTYPES, help="of the pipelines (default: float16 on a GPU, float32 on a CPU)")
-    add("--grid_prompts", type=positive, default=6, help="rows of grid.png")
+    add("--grid_prompts", type=positive, default=6, help="columns of grid.png")
+    add(
+        "--grid_steps",
+        type=positive,
+        nargs="+",
+        help="grid.png shows references and rows of these steps (default: all)",
+    )
 
 
 # Copied from train_lcm_distill_sd_wds.py
@@ -1263,6 +1269,10 @@ def title_of(line):
     return line[0].title + f" ({len(line)} training seeds)" * (len(line) > 1)
 
 
+def label_of(line):
+    return line[0].label.replace(line[0].title, title_of(line), 1)
+
+
 def heading(title, figure, pictures):
     """The head of a column: which way is better, and the number of pictures of a figure that depends on it."""
     is_distance = FIGURES[figure].title in ("FD", "patch FD", "KD × 1000")
@@ -1328,12 +1338,15 @@ def figure_tables(run, report):
 def kind_tables(run, report):
     """For each figure a table with the kinds of prompt in columns, ordered by network evaluations."""
     kinds, count = [kind for kind in run.kinds if kind], run.args.images_per_prompt
-    head = ["network evaluations", "model, steps", *(f"{kind}, n = {len(run.kinds[kind]) * count:,}" for kind in kinds)]
-    text = "## By kind of prompt\n\nThe kinds are the sources of --prompts; n is the number of pictures."
+    head = ["evaluations", "model", *(f"{kind}, n = {len(run.kinds[kind]) * count:,}" for kind in kinds)]
+    text = """## By kind of prompt
+
+The kinds are the sources of `--prompts`, n is the number of pictures, and rows are ordered by network evaluations.
+A distance is there for kinds with more pictures than twice the number of features."""
     for target, title in itertools.product(run.groups(), report["columns"]):
         lines = []
         for number in run.groups()[target]:
-            row, name = report["rows"][number], f"{title_of(run.lines[number])}, {run.lines[number][0].steps}"
+            row, name = report["rows"][number], label_of(run.lines[number])
             cells = [show(row["kinds"][kind].get(title), report["columns"][title]) for kind in kinds]
             if set(cells) != {"–"}:
                 lines.append([row["speed"].get("evaluations", math.inf), [evaluations_of(row), name, *cells]])
@@ -1367,7 +1380,9 @@ def speed_table(run, report):
 
 def write_markdown(run, report):
     """report.md: for a reader who has nothing else."""
-    seeds = "A row of several training seeds shows their mean ± standard deviation. " * (len(run.lines) < len(run.rows))
+    seeds = "A row of several training seeds shows their mean ± standard deviation (n − 1). " * (
+        len(run.lines) < len(run.rows)
+    )
     notes = [f"**{title}**, {FIGURES[figure].better} is better: {FIGURES[figure].meaning}."
              for title, figure in report["columns"].items()]  # fmt: skip
     notes += [f"**Warning.** {warning}." for warning in report["warnings"]]
@@ -1409,69 +1424,123 @@ Warm, in batches of up to {run.args.batch_size}, on one device; with text encode
     write_whole(run.output / "report.md", text.encode())
 
 
-def draw_grid(run):
-    """grid.png: prompts in rows, the rows of the comparison in columns, the same noise."""
-    cell, left, top, gap, font = 160, 150, 44, 4, ImageFont.load_default(13)
-    rows, count = [line[0] for line in run.lines if not line[0].stream], min(run.args.grid_prompts, len(run.prompts))
-    grid = Image.new("RGB", (left + len(rows) * (cell + gap), top + count * (cell + gap)), "white")
+def draw_grid(run, report):
+    """grid.png: the lines of the tables one below the other, prompts of all kinds side by side, the same noise. Of
+    several training seeds it shows the first.
+    """
+    left, top, gap, font = 176, 76, 4, ImageFont.load_default(13)
+    groups, wanted = run.groups(), run.args.grid_steps
+    order = dict.fromkeys(n for target, numbers in groups.items() for n in [target, *numbers] if n is not None)
+    shown = [number for number in order if not run.lines[number][0].stream]
+    shown = [number for number in shown if not wanted or number in groups or run.lines[number][0].steps in wanted]
+    kinds = [numbers for kind, numbers in run.kinds.items() if kind] or [run.kinds[""]]
+    mixed = [number for numbers in itertools.zip_longest(*kinds) for number in numbers if number is not None]
+    prompts = sorted(mixed[: run.args.grid_prompts])
+    cell = min(max(Image.open(run.path(run.rows[0], (0, 0))).width, 128), 256)
+    grid = Image.new("RGB", (left + len(prompts) * (cell + gap), top + len(shown) * (cell + gap)), "white")
     pen = ImageDraw.Draw(grid)
-    for y in range(count):
-        place = (gap, top + y * (cell + gap))
-        pen.multiline_text(place, textwrap.fill(run.prompts[y][:160], 20), "black", font)
-    for x, row in enumerate(rows):
-        pen.multiline_text((left + x * (cell + gap), gap), textwrap.fill(row.label, 22), "black", font)
-        for y in range(count):
-            image = ImageOps.contain(Image.open(run.path(row, (y, 0))), (cell, cell))
-            grid.paste(image, (left + x * (cell + gap), top + y * (cell + gap)))
+    for x, prompt in enumerate(prompts):
+        text = textwrap.fill(run.prompts[prompt], cell // 7, max_lines=4, placeholder=" …")
+        pen.multiline_text((left + x * (cell + gap), gap), text, "black", font)
+    for y, number in enumerate(shown):
+        row, height = run.lines[number][0], top + y * (cell + gap)
+        text = textwrap.fill(row.title, 23) + f"\n{row.label.removeprefix(row.title + ', ')}"
+        count = evaluations_of(report["rows"][number])
+        pen.multiline_text((gap, height), text + f", {count} evaluation{'s' * (count != '1')}", "black", font)
+        for x, prompt in enumerate(prompts):
+            image = ImageOps.contain(Image.open(run.path(row, (prompt, 0))), (cell, cell))
+            grid.paste(image, (left + x * (cell + gap), height))
     grid.save(run.output / "grid.png")
 
 
-COLOURS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22")
+COLOURS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22",
+           "#7f7f7f", "#00c000")  # fmt: skip
 
 
-def draw_panel(pen, box, title, lines, font):
-    """A figure against network evaluations, these on a logarithmic axis; lines: {colour: [(evaluations, value), …]}."""
-    left, top, right, bottom = box
-    xs, ys = zip(*(point for points in lines.values() for point in points), strict=True)
+def find_ticks(low, high, is_log):
+    """Round numbers between these two, some four of them."""
+    if is_log:
+        numbers = [digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)]
+    else:
+        step = 10 ** math.floor(math.log10((high - low) / 3))
+        step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) < 6)
+        numbers = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+    return [number for number in numbers if low <= number <= high]
+
+
+def draw_panel(pen, box, panel, font):
+    """A figure against network evaluations, these on a logarithmic axis."""
+    (left, top, right, bottom), (title, lines, floor, is_log) = box, panel
+    xs, ys = zip(*((x, y) for points in lines.values() for x, y, _ in points), strict=True)
+    ys += () if floor is None else (floor,)
     low, high = min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1
+    is_log = is_log and low > 1e-3 * high  # the same pictures are at zero
+    low, high = (low / 1.1, high * 1.1) if is_log else (low - (high - low) / 20, high + (high - low) / 20)
+    scale = math.log if is_log else float
 
     def place(x, y):
         across = math.log2(x / min(xs)) / (math.log2(max(xs) / min(xs)) or 1)
-        return left + across * (right - left), bottom - (y - low) / (high - low) * (bottom - top)
+        up = (scale(min(max(y, low), high)) - scale(low)) / (scale(high) - scale(low))
+        return left + across * (right - left), bottom - up * (bottom - top)
 
-    pen.text((left, top - 60), title, "black", font)
+    pen.multiline_text((left, top - 30), title, "black", font, anchor="ld", spacing=8)
     pen.text(((left + right) / 2, bottom + 50), "network evaluations a picture", "black", font, anchor="mt")
-    for y in np.linspace(low, high, 4):
+    for y in find_ticks(low, high, is_log):
         pen.line([place(min(xs), y), (right, place(min(xs), y)[1])], "#cccccc", 2)
-        pen.text((left - 12, place(min(xs), y)[1]), f"{y:.3g}", "black", font, anchor="rm")
+        pen.text((left - 16, place(min(xs), y)[1]), f"{y:.5g}", "black", font, anchor="rm")
     for x in sorted(set(xs)):
         pen.text((place(x, low)[0], bottom + 10), f"{x:g}", "black", font, anchor="mt")
+    for x in np.arange(left, right, 24) if floor is not None else ():
+        pen.line([(x, place(1, floor)[1]), (x + 12, place(1, floor)[1])], "#222222", 3)
     for colour, points in lines.items():
-        points = [place(*point) for point in sorted(points)]
-        pen.line(points, colour, 4)
-        for x, y in points:
-            pen.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
+        pen.line([place(x, y) for x, y, _ in sorted(points)], colour, 4)
+        for x, y, deviation in points:
+            across, height = place(x, y)
+            pen.line([place(x, y - deviation), place(x, y + deviation)], colour, 4)
+            pen.ellipse([across - 7, height - 7, across + 7, height + 7], colour)
+
+
+def find_panels(run, report, colours):
+    """[[(title, {colour: [(evaluations, value, spread), …]}, the floor's value or None, whether its axis may be
+    logarithmic) of each figure] of each reference].
+    """
+    found = []
+    for target, numbers in run.groups().items():
+        panels, to = [], "" if target is None else f"to {run.lines[target][0].label}; "
+        for title, figure in report["columns"].items():
+            lines, floor = collections.defaultdict(list), None
+            for row in (report["rows"][number] for number in numbers):
+                value = row["figures"].get(title, {})
+                if row["stream"] and value:
+                    floor = value["value"]
+                elif row["speed"].get("evaluations") and value:
+                    point = row["speed"]["evaluations"], value["value"], value.get("spread", 0)
+                    lines[colours[row["name"]]].append(point)
+            if lines:
+                panels.append((f"{title}\n{to}{FIGURES[figure].better} is better", lines, floor, figure.endswith("fd")))
+        found += [panels] if panels else []
+    return found
 
 
 def draw_quality(run, report):
-    """quality.png: a panel for each figure, with one line a model."""
-    rows = [row for row in report["rows"] if row["speed"].get("evaluations") and not row["stream"]]
-    colours = dict(zip(dict.fromkeys(row["name"] for row in rows), COLOURS * len(rows), strict=False))
-    panels = {}
-    for title, figure in report["columns"].items():
-        lines = collections.defaultdict(list)
-        for row in (row for row in rows if title in row["figures"]):
-            lines[colours[row["name"]]].append((row["speed"]["evaluations"], row["figures"][title]["value"]))
-        if lines:
-            panels[f"{title}: {FIGURES[figure].better} is better"] = lines
-    width, height, font = 1000, 720, ImageFont.load_default(26)  # twice the size it is saved in
-    canvas = Image.new("RGB", (width * max(1, len(panels)), height + 44 * len(colours)), "white")
+    """quality.png: a panel for each figure, with one line a model; below each other where references differ."""
+    names = dict.fromkeys(row["name"] for row in report["rows"] if not row["stream"])
+    colours = dict(zip(names, COLOURS * len(names), strict=False))
+    found = find_panels(run, report, colours)
+    width, height, font = 1000, 760, ImageFont.load_default(26)  # twice the size it is saved in
+    columns, below = max(map(len, found), default=1), height * len(found)
+    entries = [*colours.items(), ("dashed: the reference with other noise", None)]
+    canvas = Image.new("RGB", (width * columns, below + 44 * math.ceil(len(entries) / columns) + 30), "white")
     pen = ImageDraw.Draw(canvas)
-    for index, (title, lines) in enumerate(panels.items()):
-        draw_panel(pen, (width * index + 150, 90, width * (index + 1) - 60, height - 130), title, lines, font)
-    for index, (name, colour) in enumerate(colours.items()):
-        pen.line([(150, height + 44 * index + 16), (230, height + 44 * index + 16)], colour, 4)
-        pen.text((250, height + 44 * index), name, "black", font)
+    for y, panels in enumerate(found):
+        for x, panel in enumerate(panels):
+            box = (width * x + 150, height * y + 130, width * (x + 1) - 60, height * (y + 1) - 130)
+            draw_panel(pen, box, panel, font)
+    for index, (name, colour) in enumerate(entries):
+        x, y = width * (index % columns) + 150, below + 44 * (index // columns)
+        if colour:
+            pen.line([(x, y + 16), (x + 80, y + 16)], colour, 4)
+        pen.text((x + 100 * bool(colour), y), name, "black", font)
     canvas.resize((canvas.width // 2, canvas.height // 2), Image.Resampling.LANCZOS).save(run.output / "quality.png")
 
 
@@ -1487,16 +1556,16 @@ def write_report(run, looks, references):
     report = make_report(run, tables, columns)
     write_whole(run.output / "report.json", report)
     write_markdown(run, report)
-    draw_grid(run)
+    draw_grid(run, report)
     draw_quality(run, report)
-    width = max(len(row.label) for row in run.rows)
-    print(" " * width + "".join(f"  {title:>24}" for title in columns))
+    width = max(len(label_of(line)) for line in run.lines)
+    print(" " * width + "".join(f"  {title:>28}" for title in columns))
     for line, kinds in zip(run.lines, tables, strict=True):
         cells = (show(kinds[""].get(title), figure) for title, figure in columns.items())
-        print(f"{line[0].label:{width}}" + "".join(f"  {cell:>24}" for cell in cells))
+        print(f"{label_of(line):{width}}" + "".join(f"  {cell:>28}" for cell in cells))
     for line in [*run.warnings, *(f"{title} is left out: {reason}" for title, reason in run.left_out.items())]:
         print(line)
-    print(f"{run.output / 'report.md'}: {len(run.rows)} rows of {len(run.items):,} pictures")
+    print(f"{run.output / 'report.md'}: {len(run.lines)} rows of {len(run.items):,} pictures")
 
 
 # ------------------------------------------------------------------------------------------------------------ main
