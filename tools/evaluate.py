@@ -778,7 +778,8 @@ def warm_up(pipe, row, batch, run):
 def draw_batch(pipe, row, batch, run, counts):
     """Draws and saves pictures, and notes how long the drawing took: text encoder, network and VAE."""
     counts["evaluations"], begun = 0, time.perf_counter()
-    images, seconds = call_pipeline(pipe, row, batch, run, row.steps), time.perf_counter() - begun
+    images = call_pipeline(pipe, row, batch, run, row.steps)
+    seconds = time.perf_counter() - begun  # the pictures have come to the CPU: nothing of them still runs on a GPU
     for item, image in zip(batch, images, strict=True):
         stream = io.BytesIO()
         image.convert("RGB").save(stream, "PNG", compress_level=1)
@@ -867,7 +868,7 @@ def load_judge(kind, name, device):
     model, info = kind.from_pretrained(name, output_loading_info=True)
     if lost := sorted(info["missing_keys"]):
         raise Missing(f"{name} lacks {len(lost)} weights of a {kind.__name__}: {lost[0]}, …")
-    return model.to(device).requires_grad_(False).eval()
+    return model.to(device, torch.float32).requires_grad_(False).eval()
 
 
 def load_vision_model(name, device):
@@ -890,7 +891,7 @@ def load_vae_statistics(model, device):
     A small network that is at hand without a download. It sees sharpness, texture and colour, and little of what is in
     a picture: enough to order students of one teacher, and what the tests hold it to.
     """
-    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").to(device).requires_grad_(False).eval()
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").to(device, torch.float32).requires_grad_(False).eval()
     found = []
     for block in (*vae.encoder.down_blocks, vae.encoder.mid_block):
         block.register_forward_hook(lambda _block, _inputs, output: found.append(output.flatten(2)))
@@ -1574,6 +1575,7 @@ def main(argv=None):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, and the same pictures come of any device
     run = Evaluation(args)
     try:
         if run.state.is_main_process:
