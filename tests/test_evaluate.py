@@ -83,6 +83,21 @@ def references(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trainings(tiny, tmp_path_factory):
+    """Three models of one kind whose U-Nets are not quite the same, as after training from other seeds."""
+    from safetensors.torch import load_file, save_file
+
+    folders = []
+    for seed in range(3):
+        folders.append(shutil.copytree(tiny, tmp_path_factory.mktemp("trainings") / f"seed{seed}"))
+        weights = folders[-1] / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.manual_seed(seed)
+        tensors = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
+        save_file(tensors, weights, {"format": "pt"})
+    return list(map(str, folders))
+
+
 def flags(teacher, prompts, output, *more):
     return ["--teacher", teacher, "--teacher_steps", "3", "--guidance_scale", "2", "--prompts", prompts, "--features",
             "vae", "--batch_size", "4", "--output_dir", output, *more]  # fmt: skip
@@ -325,9 +340,10 @@ def test_a_row_added_later_changes_no_other(tool, tiny, prompts, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_resume_after_kill(tool, tiny, prompts, tmp_path):
+def test_resume_after_kill(tool, tiny, prompts, trainings, tmp_path):
     """kill -9 in the middle of the drawing; the same command ends in the report of an uninterrupted run."""
-    row = ["--row", "name=one", f"model={tiny}", "steps=1,2", "guidance_scale=1", "scheduler=LCMScheduler"]
+    models = f"model={trainings[0]},{trainings[1]}"
+    row = ["--row", "name=one", models, "steps=1,2", "guidance_scale=1", "scheduler=LCMScheduler"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, str(TOOL), *map(str, flags(tiny, prompts, killed, *row, "--images_per_prompt", "8"))]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -337,7 +353,7 @@ def test_resume_after_kill(tool, tiny, prompts, tmp_path):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -9
-    assert 30 <= len(read_pictures(killed)) < 6 * 48
+    assert 30 <= len(read_pictures(killed)) < 8 * 48
     temporary = killed / "pictures" / "one-1" / "tmp-1-00000-0.png"  # what a kill in mid-write leaves
     temporary.write_bytes(b"half")
     with (killed / "pictures" / "teacher-3" / "times-0.jsonl").open("a") as stream:
@@ -347,14 +363,14 @@ def test_resume_after_kill(tool, tiny, prompts, tmp_path):
     temporary.unlink()
     assert without_speed(reports[0]) == without_speed(reports[1])
     pictures = [read_pictures(output / "pictures") for output in (killed, whole)]
-    assert pictures[0].keys() == pictures[1].keys() and len(pictures[0]) == 6 * 48
+    assert pictures[0].keys() == pictures[1].keys() and len(pictures[0]) == 8 * 48
 
 
-def test_two_processes_equal_one(tool, tiny, prompts, tmp_path):
-    row = ["--row", "name=one", f"model={tiny}", "steps=1,2", "guidance_scale=1"]
+def test_two_processes_equal_one(tool, tiny, prompts, trainings, tmp_path):
+    row = ["--row", "name=one", f"model={trainings[0]},{trainings[1]}", "steps=1,2", "guidance_scale=1"]
     run = run_script(flags(tiny, prompts, tmp_path / "two", *row), processes=2, script=TOOL, timeout=600)
     assert run.returncode == 0, run.stderr
-    assert len(list((tmp_path / "two").rglob("times-*.jsonl"))) == 12  # six rows, a file of each process
+    assert len(list((tmp_path / "two").rglob("times-*.jsonl"))) == 16  # eight rows, a file of each process
     one = evaluate(tool, *flags(tiny, prompts, tmp_path / "one", *row))
     assert without_speed(json.loads((tmp_path / "two" / "report.json").read_text())) == without_speed(one)
 
@@ -717,21 +733,6 @@ def test_missing_weights_are_not_replaced_by_random_ones(tool, clip, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ training seeds
-@pytest.fixture(scope="module")
-def trainings(tiny, tmp_path_factory):
-    """Three models of one kind whose U-Nets are not quite the same, as after training from other seeds."""
-    from safetensors.torch import load_file, save_file
-
-    folders = []
-    for seed in range(3):
-        folders.append(shutil.copytree(tiny, tmp_path_factory.mktemp("trainings") / f"seed{seed}"))
-        weights = folders[-1] / "unet" / "diffusion_pytorch_model.safetensors"
-        torch.manual_seed(seed)
-        tensors = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
-        save_file(tensors, weights, {"format": "pt"})
-    return list(map(str, folders))
-
-
 def test_training_seeds_share_a_row(tool, tiny, prompts, trainings, tmp_path):
     """Mean, standard deviation and interval over prompts against numpy, from rows of the single models."""
     rows = [{"name": "a", "model": trainings, "steps": [1, 2], "guidance_scale": 1}]
