@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.PHONY: test lint demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct demo-evaluate clean
+.PHONY: test lint demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-progressive demo-ct demo-evaluate clean
 
 # the tests run side by side, where threads that spin while they wait make everything else crawl
 test: export OMP_WAIT_POLICY := PASSIVE
@@ -25,12 +25,19 @@ demo-tcd-lora: SCRIPT := train_tcd_distill_lora_sd_wds.py
 demo demo-cd4 demo-cd1: SCRIPT := train_cd_multiboundary.py
 demo-ct: SCRIPT := train_ct.py
 # a demo runs alone: threads that spin for some microseconds make it 15 to 60 % faster than none
-demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct: export GOMP_SPINCOUNT := 20000
+demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-progressive demo-ct: export GOMP_SPINCOUNT := 20000
 
 demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct: .venv/installed
 	rm -rf $(@:demo%=demo/output%)
 	$(PYTHON) $(SCRIPT) @demo/$(@:demo-%=%).args
 	cp $(@:demo%=demo/output%)/samples.png $(@:demo%=demo/output%)/comparison.png
+
+# each stage begins with the student of the one before
+demo-progressive: .venv/installed
+	rm -rf demo/output-progressive
+	$(PYTHON) train_cd_multiboundary.py @demo/progressive.args --num_boundaries 8 --output_dir demo/output-progressive/8
+	for k in 4 2 1; do $(PYTHON) train_cd_multiboundary.py @demo/progressive.args --num_boundaries $$k \
+		--init_from demo/output-progressive/$$((2 * k)) --output_dir demo/output-progressive/$$k || exit; done
 
 # compares the students that are there with their teacher, on captions that no setting was chosen by; see docs/evaluation.md
 demo-evaluate: export GOMP_SPINCOUNT := 20000

@@ -10,7 +10,8 @@
 # wheel is missing fails by itself and says why.
 #
 # Environment: PYTHON; BUDGET in seconds (520); PARTS, the names of some parts; BATCH, else chosen by the card's memory;
-# DRY=1 tries the script on a CPU, at scale tiny in bf16: what needs CUDA is left out.
+# MATERIAL, a folder where pipelines and shards stay for the next call; DRY=1 tries the script on a CPU, at scale tiny in
+# bf16: what needs CUDA is left out.
 set -u
 cd "$(dirname "$0")/.."
 SCRIPT=train_lcm_distill_sd_wds.py
@@ -18,6 +19,7 @@ BUDGET=${BUDGET:-520} DRY=${DRY:-0} PARTS=${PARTS:-} RESULTS=${1:-benchmarks/res
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 WORK=$(mktemp -d)
+MATERIAL=${MATERIAL:-$WORK/material}
 mkdir -p "$RESULTS"
 
 if [ "$DRY" = 1 ]; then
@@ -100,7 +102,7 @@ speed() {
     shift 3
     set -- --mixed_precision "$precision" --dataloader_num_workers "$WORKERS" "$@"
     # shellcheck disable=SC2086
-    set -- "$PYTHON" benchmarks/throughput.py --script "$SCRIPT" --scale "$SCALE" $COUNTS --material "$WORK/material" "$@"
+    set -- "$PYTHON" benchmarks/throughput.py --script "$SCRIPT" --scale "$SCALE" $COUNTS --material "$MATERIAL" "$@"
     part "$name" "$limit" "$@" --batch_size "$batch" --json "$WORK/$name.json" && return 0
     if grep -qi "out of memory" "$WORK/$name.log" 2> /dev/null && [ "$batch" -gt 1 ]; then
         part "$name-half-batch" "$limit" "$@" --batch_size $((batch / 2)) --json "$WORK/$name-half-batch.json"
@@ -111,11 +113,11 @@ check() { # check NAME LIMIT TOOL FLAGS…
     local name=$1 limit=$2 tool=$3
     shift 3
     part "$name" "$limit" "$PYTHON" "benchmarks/$tool.py" --script "$SCRIPT" --scale "$CHECKS" \
-        --material "$WORK/material" --json "$WORK/$name.json" "$@"
+        --material "$MATERIAL" --json "$WORK/$name.json" "$@"
 }
 
 [ "$DRY" = 1 ] || nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-part material 150 "$PYTHON" benchmarks/material.py "$WORK/material" --scale "$SCALE" || { cat "$WORK/material.log"; exit 1; }
+part material 150 "$PYTHON" benchmarks/material.py "$MATERIAL" --scale "$SCALE" || { cat "$WORK/material.log"; exit 1; }
 speed bf16 120 bf16
 check sync-bf16 60 sync_check --mixed_precision bf16
 check resume-bf16 90 resume_check --mixed_precision bf16

@@ -7,8 +7,8 @@ picture whose latents are nearest to the teacher's, with its caption and distanc
 and for held-out ones:
 
 * the root-mean-square distance of latents (of spread 1) from the teacher's picture to the true one and to the nearest
-  training picture, and from the true one to its own nearest. A copy would be at the VAE's noise from its nearest; for
-  the scale, two unrelated latents of mean 0 would be 1.4 apart;
+  training picture, mirrored or not, and from the true one to its own nearest. A copy would be at the VAE's noise from
+  its nearest; for the scale, two unrelated latents of mean 0 would be 1.4 apart;
 * how often the nearest training picture has the prompt's name, category, style, and how often the true one's has;
 * PSNR in dB between the teacher's own 1, 2, 4, 8 steps and its 50 from the same noise, by kind of caption.
 
@@ -70,10 +70,10 @@ def psnr(pictures, reference):
 
 
 def nearest(latents, bank, skip=None):
-    """Distances (n,) to the nearest of `bank` and its indices; `skip`, indices (n,) of `bank`, do not count."""
+    """Distances (n,) to the nearest of `bank` and its indices; `skip`, indices (n, k) of `bank`, do not count."""
     distances = torch.cdist(latents.flatten(1), bank.flatten(1)) / latents[0].numel() ** 0.5
     if skip is not None:
-        distances.scatter_(1, skip[:, None], float("inf"))
+        distances.scatter_(1, skip, float("inf"))
     return distances.min(dim=1)
 
 
@@ -119,7 +119,8 @@ def main(argv=None):
     pipeline.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     scale = pipeline.vae.config.scaling_factor
     trained, trained_captions = read_shards(args.shards_dir, "train-*.tar")
-    bank = encode(pipeline.vae, trained)[:, 0] * scale
+    views = torch.cat([trained, trained.flip(-1)])  # the teacher was trained on both
+    bank = encode(pipeline.vae, views)[:, 0] * scale
     held, held_captions = read_shards(args.shards_dir, f"heldout-{args.heldout}.tar")
     first = range(min(args.num_pairs, len(held)))
     splits = {"trained": (trained, trained_captions, bank), "held-out": (held, held_captions, None)}
@@ -128,7 +129,7 @@ def main(argv=None):
     for split, (images, captions, own) in splits.items():
         images, captions = images[first.start : first.stop], [captions[index] for index in first]
         truth = own[: len(first)] if own is not None else encode(pipeline.vae, images)[:, 0] * scale
-        skip = torch.arange(len(first)) if own is not None else None
+        skip = torch.arange(len(first))[:, None] + torch.tensor([0, len(trained)]) if own is not None else None
         prompts = {kind: [variants[index] for variants in captions] for index, kind in enumerate(KINDS)}
         for kind, texts in prompts.items():
             pictures, latents = sample(pipeline, texts, 50, args)
@@ -136,15 +137,16 @@ def main(argv=None):
             tables.append(f"{split}, {kind} | " + " | ".join(f"{value:.1f}" for value in few))
             if kind == "full":
                 found, true = nearest(latents, bank), nearest(truth, bank, skip)
-                near = [trained_captions[index][0] for index in found.indices]
-                near_true = [trained_captions[index][0] for index in true.indices]
+                near, near_true = (
+                    [trained_captions[index % len(trained)][0] for index in result.indices] for result in (found, true)
+                )
                 apart = (latents - truth).square().mean(dim=(1, 2, 3)).sqrt().mean()
                 print(
                     f"{split} | {apart:.2f} | {found.values.mean():.2f} | {true.values.mean():.2f} | "
                     f"{agreement(texts, near)} % (the true picture's: {agreement(texts, near_true)} %)"
                 )
                 if split == "held-out":
-                    neighbours = trained[found.indices]
+                    neighbours = views[found.indices]
                     rows = zip(texts, pictures, images, neighbours, near, found.values.tolist(), strict=True)
                     draw_grid(args.output_dir / "heldout.png", list(rows))
     print(f"\nPSNR to 50 steps, guidance {args.guidance_scale:g} | " + " | ".join(map(str, args.steps)))

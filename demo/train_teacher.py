@@ -1,6 +1,7 @@
-"""Train the demo's teacher, a real small Stable Diffusion, on the shards of drawings; one CPU core and two hours do.
+"""Train the demo's teacher, a real small Stable Diffusion, on the shards of drawings: some minutes of a GPU, or hours
+of a CPU core (give these `--vae_minutes 18 --unet_minutes 300`, and batches of 16 and 64).
 
-    python demo/train_teacher.py --output_dir demo/teacher --work_dir teacher_run --vae_minutes 18 --unet_minutes 79
+    python demo/train_teacher.py --output_dir demo/teacher --work_dir teacher_run --vae_minutes 1 --unet_minutes 4
 
 The result is an ordinary `StableDiffusionPipeline` folder (CLIP text encoder and tokenizer, AutoencoderKL from 64x64x3
 to 16x16x4, UNet2DConditionModel, SD's noise schedule, epsilon prediction), in fp16, 16 MB. Two stages, one loop:
@@ -12,7 +13,8 @@ to 16x16x4, UNet2DConditionModel, SD's noise schedule, epsilon prediction), in f
 
 Both stages end after a given time, whatever the machine: the learning rate follows the elapsed fraction of the budget.
 Averaged weights (EMA) are saved. Stop at any time; the same command goes on from the checkpoint in `--work_dir`, and
-with more `--unet_minutes` trains a finished model further. `demo/judge_teacher.py` judges it on held-out pairs.
+with more `--unet_minutes` trains a finished model further. The log has the loss on held-out pairs beside that of
+training; `demo/judge_teacher.py` judges the pictures.
 Beside other jobs, set `OMP_NUM_THREADS` to `--threads`.
 """
 
@@ -56,11 +58,11 @@ def parse_args(argv=None):
     parser.add_argument("--output_dir", type=Path, default=DEMO / "teacher", help="where the finished pipeline goes")
     parser.add_argument("--work_dir", type=Path, default=Path("teacher_run"), help="checkpoints, log and previews")
     parser.add_argument("--snapshot_dir", type=Path, help="also save a usable pipeline here every few minutes")
-    parser.add_argument("--vae_minutes", type=float, default=18, help="training time of the VAE")
-    parser.add_argument("--unet_minutes", type=float, default=79, help="training time of text encoder and U-Net")
+    parser.add_argument("--vae_minutes", type=float, default=1, help="training time of the VAE")
+    parser.add_argument("--unet_minutes", type=float, default=4, help="training time of text encoder and U-Net")
     parser.add_argument("--snapshot_minutes", type=float, default=10, help="time between checkpoints (and snapshots)")
-    parser.add_argument("--vae_batch_size", type=int, default=16)
-    parser.add_argument("--unet_batch_size", type=int, default=64)
+    parser.add_argument("--vae_batch_size", type=int, default=64)
+    parser.add_argument("--unet_batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="constant at first, then cosine to zero")
     parser.add_argument("--constant_fraction", type=float, default=0.6, help="share of the budget before the decay")
     parser.add_argument(
@@ -76,7 +78,9 @@ def parse_args(argv=None):
     parser.add_argument("--unet_widths", type=int, nargs=3, default=(64, 96, 144))
     parser.add_argument("--vae_ema", type=float, default=0.998)
     parser.add_argument("--unet_ema", type=float, default=0.9993)
+    parser.add_argument("--logging_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(argv)
 
@@ -217,9 +221,9 @@ def gradients(x):
 
 
 def vae_loss(vae, images, args):
-    x = images[torch.randint(len(images), (args.vae_batch_size,))]
-    x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
-    with torch.autocast("cpu", torch.bfloat16):
+    x = images[torch.randint(len(images), (args.vae_batch_size,), device=images.device)]
+    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+    with torch.autocast(x.device.type, torch.bfloat16):
         posterior = vae.encode(x).latent_dist
         decoded = vae.decode(posterior.sample()).sample
     decoded, mean, logvar = decoded.float(), posterior.mean.float(), posterior.logvar.float()
@@ -228,27 +232,38 @@ def vae_loss(vae, images, args):
     return F.l1_loss(decoded, x) + 0.5 * F.mse_loss(decoded, x) + 0.5 * edges + args.kl_weight * kl
 
 
-def denoising_loss(model, latents, tokens, alphas_cumprod, args):
+def denoising_loss(model, latents, tokens, alphas_cumprod, shares, args):
     """Weighted epsilon prediction; `latents` holds means and deviations (n, flips, 2, 4, 16, 16).
 
-    Weights are min-SNR's above SNR 1 and 1 / sqrt(SNR) below: what a picture shows is decided where noise prevails, and
-    there even a small error in epsilon is a large one in the picture.
+    `shares` are the cumulative caption weights but the last. Loss weights are min-SNR's above SNR 1 and 1 / sqrt(SNR)
+    below: what a picture shows is decided where noise prevails, and there even a small error in epsilon is a large one
+    in the picture.
     """
-    batch = args.unet_batch_size
-    index, flip = torch.randint(len(latents), (batch,)), (torch.rand(batch) < args.flip_probability).long()
+    batch, rand = args.unet_batch_size, partial(torch.rand, args.unet_batch_size, device=latents.device)
+    index = torch.randint(len(latents), (batch,), device=latents.device)
+    flip = (rand() < args.flip_probability).long()
     mean, std = latents[index, flip].unbind(1)
     x = mean + std * torch.randn_like(mean)
-    t = ((torch.arange(batch) + torch.rand(batch)) / batch * len(alphas_cumprod)).long()  # stratified
+    t = ((torch.arange(batch, device=x.device) + rand()) / batch * len(alphas_cumprod)).long()  # stratified
     alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)
     eps = torch.randn_like(x)
     x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * eps
-    variant = torch.multinomial(torch.tensor(args.caption_weights), batch, replacement=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    variant = torch.bucketize(rand(), shares)
+    with torch.autocast(x.device.type, torch.bfloat16):
         context = model["text_encoder"](tokens[index, variant]).last_hidden_state
         prediction = model["unet"](x_t, t, context).sample.float()
     snr = alphas_cumprod[t] / (1 - alphas_cumprod[t])
     weight = (args.snr_gamma / snr).clamp(max=1) * snr.clamp(max=1) ** -0.5
     return (weight * (prediction - eps).square().mean(dim=(1, 2, 3))).sum() / weight.sum()
+
+
+@torch.no_grad()
+def held_out_loss(model, loss_fn, args, batches=16):
+    """The mean loss of some batches of held-out pairs, always of the same draws."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        return torch.stack([loss_fn(model) for _ in range(batches)]).mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -262,8 +277,30 @@ def learning_rate(progress, args):
 
 @torch.no_grad()
 def update_average(average, model, decay):
-    for a, b in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
+    torch._foreach_lerp_(
+        list(average.parameters()), list(model.parameters()), 1 - decay
+    )  # neither has buffers that move
+
+
+def recorded(function, device):
+    """On CUDA the function's kernels recorded once and replayed: launching the many small ones takes most of a step."""
+    if device.type != "cuda":
+        return function
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
 
 
 def save_state(path, **state):
@@ -272,37 +309,43 @@ def save_state(path, **state):
     path.with_suffix(".tmp").replace(path)
 
 
-def train(name, model, loss_fn, minutes, ema, args, on_save=None):
+def train(name, model, loss_fn, minutes, ema, args, judge=None, on_save=None):
     """Train `model` for `minutes` in all, over as many calls as it takes, and return its averaged copy."""
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
-    path, step, elapsed = args.work_dir / f"{name}.pt", 0, 0.0
+    path, device, step, elapsed = args.work_dir / f"{name}.pt", next(model.parameters()).device, 0, 0.0
     if path.exists():
-        state = torch.load(path)
+        state = torch.load(path, map_location=device)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step, elapsed = state["step"], state["elapsed"]
         logger.info("%s: going on from step %d, %.1f minutes", name, step, elapsed / 60)
     torch.manual_seed(args.seed + step)
-    budget, started, saved, recent = minutes * 60, time.time() - elapsed, elapsed, []
-    while elapsed < budget:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(elapsed / budget, args)
+    budget, saved, recent = minutes * 60, elapsed, torch.zeros((), device=device)
+
+    def forward_backward():
+        optimizer.zero_grad()
         loss = loss_fn(model)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return loss.detach()
+
+    compute = recorded(forward_backward, device) if elapsed < budget else None
+    started = time.time() - elapsed
+    while elapsed < budget:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(elapsed / budget, args)
+        recent += compute()
         optimizer.step()
-        optimizer.zero_grad()
         update_average(average, model, min(ema, (1 + step) / (10 + step)))
         step, elapsed = step + 1, time.time() - started
-        recent.append(loss.item())
-        if step % 50 == 0:
-            lr = optimizer.param_groups[0]["lr"]
-            logger.info(
-                "%s: step %d, %.1f min, loss %.4f, lr %.2e", name, step, elapsed / 60, sum(recent) / len(recent), lr
-            )
-            recent = []
+        if step % args.logging_steps == 0:
+            lr, loss = optimizer.param_groups[0]["lr"], recent.item() / args.logging_steps
+            logger.info("%s: step %d, %.1f min, loss %.4f, lr %.2e", name, step, elapsed / 60, loss, lr)
+            recent.zero_()
+            if judge and step % (20 * args.logging_steps) == 0:
+                logger.info("%s: step %d, held-out loss %.4f", name, step, judge(average))
         if elapsed - saved > args.snapshot_minutes * 60 or elapsed >= budget:
             states = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(path, **states, step=step, elapsed=elapsed)
@@ -310,6 +353,8 @@ def train(name, model, loss_fn, minutes, ema, args, on_save=None):
                 on_save(average)
             saved = elapsed
     logger.info("%s: %d steps in %.1f minutes, %.3f s a step", name, step, elapsed / 60, elapsed / max(step, 1))
+    if judge:
+        logger.info("%s: held-out loss %.4f", name, judge(average))
     return average
 
 
@@ -334,7 +379,7 @@ def centre_latents(vae, images):
     shift, spread = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
     scale = spread / spread.mean()
     for half, offset in ((slice(0, 4), shift), (slice(4, 8), 2 * scale.log())):  # means, then log-variances
-        factor = scale if half.start == 0 else torch.ones(4)
+        factor = scale if half.start == 0 else torch.ones_like(scale)
         vae.quant_conv.weight[half] /= factor.view(-1, 1, 1, 1)
         vae.quant_conv.bias[half] = (vae.quant_conv.bias[half] - offset) / factor
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ shift
@@ -351,8 +396,8 @@ def psnr(vae, images):
 
 
 def build_pipeline(vae, text_encoder, tokenizer, unet, dtype=torch.float32):
-    """A pipeline of copies, so that neither casting nor sampling touches what is being trained."""
-    vae, text_encoder, unet = (copy.deepcopy(model).to(dtype) for model in (vae, text_encoder, unet))
+    """A pipeline of copies on the CPU, so that neither casting nor sampling touches what is being trained."""
+    vae, text_encoder, unet = (copy.deepcopy(model).to("cpu", dtype) for model in (vae, text_encoder, unet))
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, build_scheduler(), None, None, requires_safety_checker=False
     )
@@ -373,7 +418,7 @@ def save_pipeline(folder, *components):
 def draw_preview(path, *components, seed=0, columns=8):
     """A row for each of `PREVIEW_PROMPTS`, 50 DDIM steps and guidance 3, each picture above its prompt."""
     prompts = [line for name in PREVIEW_PROMPTS for line in (DEMO / name).read_text("utf-8").splitlines()[:columns]]
-    pipeline = build_pipeline(*components)
+    pipeline = build_pipeline(*components).to(components[0].device)
     generator = torch.Generator().manual_seed(seed)
     pictures = pipeline(prompts, num_inference_steps=50, guidance_scale=3.0, generator=generator).images
     rows, width, height = math.ceil(len(pictures) / columns), 92, 96
@@ -399,12 +444,18 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True
     images, captions = read_shards(args.shards_dir, "train-*.tar")
+    held_out_images, held_out_captions = read_shards(args.shards_dir, "heldout-validation.tar")
     tokenizer = build_tokenizer([variants[0] for variants in captions])
     vae, text_encoder, unet = build_vae(), build_text_encoder(tokenizer), build_unet(args.unet_widths)
-    vae, images = vae.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
-    unet.set_attn_processor(AttnProcessor())  # the backward pass of SDPA is slow on a CPU, here and in the text encoder
-    text_encoder.set_attn_implementation("eager")
+    if device.type == "cpu":  # where the backward pass of SDPA is slow
+        unet.set_attn_processor(AttnProcessor())
+        text_encoder.set_attn_implementation("eager")
+    vae, unet = (model.to(device, memory_format=torch.channels_last) for model in (vae, unet))
+    images, held_out_images = (x.to(device, memory_format=torch.channels_last) for x in (images, held_out_images))
+    text_encoder.to(device)
     sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (vae, text_encoder, unet)]
     logger.info("%d images; million parameters: VAE %.2f, text encoder %.2f, U-Net %.2f", len(images), *sizes)
 
@@ -413,8 +464,7 @@ def main(argv=None):
     spread = centre_latents(vae, images[::4])
     vae.register_to_config(scaling_factor=1 / spread)
     logger.info("VAE: PSNR %.2f dB, centred %.2f dB, scaling %.4f", before, psnr(vae, images[::16]), 1 / spread)
-    views = [images, images.flip(-1)] if args.flip_probability else [images]
-    latents = torch.stack([encode(vae, view) for view in views], dim=1) / spread
+    logger.info("VAE: PSNR of held-out pictures %.2f dB", psnr(vae, held_out_images))
 
     def snapshot(average):
         components = vae, average["text_encoder"], tokenizer, average["unet"]
@@ -422,10 +472,19 @@ def main(argv=None):
             save_pipeline(args.snapshot_dir, *components)
         draw_preview(args.work_dir / "preview.png", *components)
 
-    tokens, alphas_cumprod = tokenize_variants(tokenizer, captions), build_scheduler().alphas_cumprod
-    loss_fn = partial(denoising_loss, latents=latents, tokens=tokens, alphas_cumprod=alphas_cumprod, args=args)
+    def make_loss(images, captions):
+        views = [images, images.flip(-1)] if args.flip_probability else [images]
+        latents = torch.stack([encode(vae, view) for view in views], dim=1) / spread
+        tokens = tokenize_variants(tokenizer, captions).to(device)
+        tensors = {"latents": latents, "tokens": tokens, "alphas_cumprod": alphas_cumprod, "shares": shares}
+        return partial(denoising_loss, **tensors, args=args)
+
+    alphas_cumprod = build_scheduler().alphas_cumprod.to(device)
+    shares = torch.tensor(args.caption_weights, device=device).cumsum(0)[:-1]
     model = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
-    model = train("unet", model, loss_fn, args.unet_minutes, args.unet_ema, args, on_save=snapshot)
+    judge = partial(held_out_loss, loss_fn=make_loss(held_out_images, held_out_captions), args=args)
+    loss_fn = make_loss(images, captions)
+    model = train("unet", model, loss_fn, args.unet_minutes, args.unet_ema, args, judge, on_save=snapshot)
     components = vae, model["text_encoder"], tokenizer, model["unet"]
     save_pipeline(args.output_dir, *components)
     draw_preview(args.output_dir / "preview.png", *components)

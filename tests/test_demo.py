@@ -78,7 +78,8 @@ def test_prompts_come_from_where_they_say(seen, heldout):
 
 SCRIPTS = {"demo": "train_cd_multiboundary", "lcm": "train_lcm_distill_sd_wds", "long": "train_lcm_distill_sd_wds",
            "tcd": "train_tcd_distill_sd_wds", "tcd-lora": "train_tcd_distill_lora_sd_wds",
-           "cd4": "train_cd_multiboundary", "cd1": "train_cd_multiboundary", "ct": "train_ct"}  # fmt: skip
+           "cd4": "train_cd_multiboundary", "cd1": "train_cd_multiboundary",
+           "progressive": "train_cd_multiboundary", "ct": "train_ct"}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted(DEMO.glob("*.args")), ids=lambda path: path.name)
@@ -90,9 +91,11 @@ def test_argument_files(path, monkeypatch):
     assert [ROOT / url for url in script.expand_shards(args.train_shards_path_or_url)] == SHARDS
     assert len(script.load_prompts(args)[0]) >= 8
     target = "demo" if path.stem == "demo" else f"demo-{path.stem}"
-    assert args.output_dir == target.replace("demo", "demo/output", 1)
     dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert f"{script.__name__}.py @{path.relative_to(ROOT)}\n" in dry and f"cp {args.output_dir}/samples.png" in dry
+    assert f"{script.__name__}.py @{path.relative_to(ROOT)}" in dry
+    if path.stem != "progressive":  # whose stages have folders of their own
+        assert args.output_dir == target.replace("demo", "demo/output", 1)
+        assert f"cp {args.output_dir}/samples.png" in dry
 
 
 @pytest.mark.parametrize(
@@ -181,7 +184,7 @@ def test_judging(tools):
     bank = torch.tensor([[0.0, 0.0], [3.0, 3.0], [1.0, 1.0]])
     found = judge.nearest(torch.tensor([[0.0, 0.0], [4.0, 4.0]]), bank)
     assert found.indices.tolist() == [0, 1] and found.values.tolist() == pytest.approx([0, 1])
-    found = judge.nearest(torch.tensor([[0.0, 0.0]]), bank, skip=torch.tensor([0]))
+    found = judge.nearest(torch.tensor([[0.0, 0.0]]), bank, skip=torch.tensor([[0]]))
     assert found.indices.tolist() == [2] and found.values.tolist() == pytest.approx([1])
     prompts, captions = ["dog, animal, flat", "cat, animal, bold"], ["dog, animal, bold", "cow, animal, bold"]
     assert judge.agreement(prompts, captions) == "50 / 100 / 50"

@@ -84,6 +84,21 @@ def references(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trainings(tiny, tmp_path_factory):
+    """Three models of one kind whose U-Nets are not quite the same, as after training from other seeds."""
+    from safetensors.torch import load_file, save_file
+
+    folders = []
+    for seed in range(3):
+        folders.append(shutil.copytree(tiny, tmp_path_factory.mktemp("trainings") / f"seed{seed}"))
+        weights = folders[-1] / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.manual_seed(seed)
+        tensors = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
+        save_file(tensors, weights, {"format": "pt"})
+    return list(map(str, folders))
+
+
 def flags(teacher, prompts, output, *more):
     return ["--teacher", teacher, "--teacher_steps", "3", "--guidance_scale", "2", "--prompts", prompts, "--features",
             "vae", "--batch_size", "4", "--output_dir", output, *more]  # fmt: skip
@@ -296,7 +311,7 @@ def test_fidelity(tool, tiny, prompts, tmp_path):
     assert figures["FD (vae)"]["value"] == pytest.approx(tool.frechet_distance(project(a), project(b)), rel=1e-3)
     assert report["rows"][0]["figures"] == {}  # the reference itself
     text = (tmp_path / "out" / "report.md").read_text()
-    assert f"{figures['FD (vae)']['value']:.3f} (n = 12)" in text
+    assert f"| {figures['FD (vae)']['value']:.3f} |" in text and "| FD (vae) ↓, n = 12 |" in text
     assert "6 prompts × 2 = 12 pictures" in text and "| student | 2 | 2 | 1 |" in text
     assert "12 pictures are too few for 11 features" in text and "None beside these" in text
 
@@ -330,9 +345,10 @@ def test_a_row_added_later_changes_no_other(tool, tiny, prompts, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_resume_after_kill(tool, tiny, prompts, tmp_path):
+def test_resume_after_kill(tool, tiny, prompts, trainings, tmp_path):
     """kill -9 in the middle of the drawing; the same command ends in the report of an uninterrupted run."""
-    row = ["--row", "name=one", f"model={tiny}", "steps=1,2", "guidance_scale=1", "scheduler=LCMScheduler"]
+    models = f"model={trainings[0]},{trainings[1]}"
+    row = ["--row", "name=one", models, "steps=1,2", "guidance_scale=1", "scheduler=LCMScheduler"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, str(TOOL), *map(str, flags(tiny, prompts, killed, *row, "--images_per_prompt", "8"))]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -342,7 +358,7 @@ def test_resume_after_kill(tool, tiny, prompts, tmp_path):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -9
-    assert 30 <= len(read_pictures(killed)) < 6 * 48
+    assert 30 <= len(read_pictures(killed)) < 8 * 48
     temporary = killed / "pictures" / "one-1" / "tmp-1-00000-0.png"  # what a kill in mid-write leaves
     temporary.write_bytes(b"half")
     with (killed / "pictures" / "teacher-3" / "times-0.jsonl").open("a") as stream:
@@ -352,14 +368,14 @@ def test_resume_after_kill(tool, tiny, prompts, tmp_path):
     temporary.unlink()
     assert without_speed(reports[0]) == without_speed(reports[1])
     pictures = [read_pictures(output / "pictures") for output in (killed, whole)]
-    assert pictures[0].keys() == pictures[1].keys() and len(pictures[0]) == 6 * 48
+    assert pictures[0].keys() == pictures[1].keys() and len(pictures[0]) == 8 * 48
 
 
-def test_two_processes_equal_one(tool, tiny, prompts, tmp_path):
-    row = ["--row", "name=one", f"model={tiny}", "steps=1,2", "guidance_scale=1"]
+def test_two_processes_equal_one(tool, tiny, prompts, trainings, tmp_path):
+    row = ["--row", "name=one", f"model={trainings[0]},{trainings[1]}", "steps=1,2", "guidance_scale=1"]
     run = run_script(flags(tiny, prompts, tmp_path / "two", *row), processes=2, script=TOOL, timeout=600)
     assert run.returncode == 0, run.stderr
-    assert len(list((tmp_path / "two").rglob("times-*.jsonl"))) == 12  # six rows, a file of each process
+    assert len(list((tmp_path / "two").rglob("times-*.jsonl"))) == 16  # eight rows, a file of each process
     one = evaluate(tool, *flags(tiny, prompts, tmp_path / "one", *row))
     assert without_speed(json.loads((tmp_path / "two" / "report.json").read_text())) == without_speed(one)
 
@@ -544,7 +560,8 @@ def test_prompts_of_coco(tool, tmp_path):
     for number in (numbers[0], numbers[1], numbers[7]):
         (tmp_path / f"{number}.jpg").write_bytes(image_bytes(number))
     args = tool.parse_args(["--prompts", str(paths[0]), "--num_prompts", "5", "--output_dir", "o", "--teacher", "t"])
-    prompts, described = tool.read_prompts(args)
+    prompts, described, kinds = tool.read_prompts(args)
+    assert kinds == {}
     assert prompts == [text for text, _ in found[0][:5]]
     pictures = tool.find_references([str(tmp_path)], tmp_path / "cache", described)  # those that the prompts describe
     assert {Path(path).name for path, _, _ in pictures.places} == {f"{number}.jpg" for number in numbers[:2]}
@@ -599,6 +616,8 @@ ERRORS = {
     "name=a model={tiny} lora={tmp}/lora steps=1 guidance_scale=1": "names no scheduler: give scheduler=LCMScheduler",
     "name=a model={tiny} lora={tmp}/lora steps=1 guidance_scale=1 scheduler=LCMScheduler": "cannot be loaded",
     "name=a model=some/model-of-the-hub steps=1 guidance_scale=1": "row a: some/model-of-the-hub cannot be loaded",
+    "name=a model={tiny},{tmp}/seed2 steps=1 guidance_scale=1": "row a: there is no folder {tmp}/seed2",
+    "name=a model={tiny},{tiny} lora=a,b,c steps=1": "row a: model must be one, or as many as there are training seeds",
 }
 
 
@@ -646,8 +665,11 @@ def test_commands_and_rows_of_the_docs(tool, monkeypatch):
         rows, left_out = tool.list_rows(args)
         assert not left_out and {row.name for row in rows} > {"teacher"}
     (text,) = blocks("docs/evaluation.md", "yaml")
-    rows = [made for row in tool.yaml.safe_load(text) for made in tool.make_rows(row)]
-    assert [row.label for row in rows][::3] == ["ours, 1 step", "TCD-LoRA, 4 steps"]
+    rows = [made for row in tool.yaml.safe_load(text) for made in tool.make_students(row, False, {})]
+    labels = ["ours, 1 step", "TCD-LoRA, 4 steps", "without guidance, 50 steps", "CT, 1 step"]
+    lines = tool.group_rows(tool.add_references(rows, True))
+    assert set(labels) < {line[0].label for line in lines}
+    assert [len(line) for line in lines if line[0].name == "CT"] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -715,6 +737,232 @@ def test_missing_weights_are_not_replaced_by_random_ones(tool, clip, tmp_path):
         tool.load_clip(str(copy), "cpu")
 
 
+# ------------------------------------------------------------------------------------------------------ training seeds
+def test_training_seeds_share_a_row(tool, tiny, prompts, trainings, tmp_path):
+    """Mean, standard deviation and interval over prompts against numpy, from rows of the single models."""
+    rows = [{"name": "a", "model": trainings, "steps": [1, 2], "guidance_scale": 1}]
+    rows += [
+        {"name": f"a{k}", "model": model, "steps": "1,2", "guidance_scale": 1} for k, model in enumerate(trainings)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    given = flags(tiny, prompts, tmp_path / "out", "--rows", tmp_path / "rows.json", "--images_per_prompt", "2")
+    report = evaluate(tool, *given)
+    figures = {row["label"]: row["figures"] for row in report["rows"]}
+    assert [row["model"] for row in report["rows"] if row["label"] == "a, 2 steps"] == [trainings]
+    for title in report["columns"]:
+        single = [figures[f"a{k}, 2 steps"][title]["value"] for k in range(3)]
+        found = figures["a, 2 steps"][title]
+        assert len(set(single)) == 3 and found["single"] == pytest.approx(single)
+        assert [found["value"], found["spread"]] == pytest.approx([np.mean(single), np.std(single, ddof=1)])
+    folder = tmp_path / "out" / "pictures"
+    names = ("teacher-3", "a-2", "a-2-training-2", "a-2-training-3")
+    sets = [[Image.open(path) for path in sorted((folder / name).glob("*.png"))] for name in names]
+    psnr = np.mean([[tool.compare_pair(*pair)[0] for pair in zip(each, sets[0], strict=True)] for each in sets[1:]], 0)
+    draws = np.random.default_rng(0).integers(6, size=(1000, 6))
+    interval = np.percentile(psnr.reshape(6, 2).mean(1)[draws].mean(1), [2.5, 97.5])
+    found = figures["a, 2 steps"]["PSNR, dB"]
+    assert [found["low"], found["high"]] == pytest.approx(interval)
+    text = (tmp_path / "out" / "report.md").read_text()
+    cell = "{value:.2f} ± {spread:.2f} ({low:.2f} … {high:.2f})".format(**found)
+    assert f"| a (3 training seeds) | 2 | 2 | 1 | – | {cell} |" in text and "mean ± standard deviation" in text
+    # one that was drawn alone is not drawn again when others join it
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png") if path.parent.name == "a0-2"}
+    row = f"- {{name: a0, model: [{trainings[0]}, {trainings[1]}], steps: [2], guidance_scale: 1}}"
+    (tmp_path / "rows.yaml").write_text(row)
+    report = evaluate(tool, *given, "--rows", tmp_path / "rows.yaml")
+    expected = [figures[f"a{k}, 2 steps"]["PSNR, dB"]["value"] for k in range(2)]
+    assert report["rows"][-1]["figures"]["PSNR, dB"]["single"] == pytest.approx(expected)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_missing_training_seeds(tool, tiny, prompts, trainings, tmp_path):
+    """They are an error that names them; with --skip_missing the row goes on with the others and says how many."""
+    gone = str(tmp_path / "gone")
+    row = ["--row", "name=a", f"model={gone},{trainings[1]},{trainings[2]}", "steps=1", "guidance_scale=1"]
+    given = flags(tiny, prompts, tmp_path / "out", "--no_floor", "--num_prompts", "2", *row)
+    with pytest.raises(SystemExit, match=f"error: row a: there is no folder {gone}"):
+        evaluate(tool, *given)
+    report = evaluate(tool, *given, "--skip_missing")
+    assert report["left_out"] == {"row a, 1 of 3 training seeds": f"there is no model in {gone}"}
+    assert (
+        report["rows"][-1]["model"] == trainings[1:] and len(report["rows"][-1]["figures"]["PSNR, dB"]["single"]) == 2
+    )
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| a (2 training seeds) |" in text and "**row a, 1 of 3 training seeds** is left out" in text
+    shutil.copytree(trainings[0], gone)  # it is there now: the others' pictures stay
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png") if "training" in path.parent.name}
+    assert len(evaluate(tool, *given)["rows"][-1]["figures"]["PSNR, dB"]["single"]) == 3
+    assert len(before) == 4 and {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_training_seeds_have_one_recipe(tool, trainings, tmp_path):
+    other = shutil.copytree(trainings[0], tmp_path / "other")
+    (other / "README.md").write_text("pipe(prompt, guidance_scale=7)")
+    row = {"name": "a", "model": [trainings[1], str(other)], "steps": 1}
+    (Path(trainings[1]) / "README.md").write_text("pipe(prompt, guidance_scale=1)")
+    with pytest.raises(SystemExit, match=r"no training seeds of one recipe: guidance_scale is 1\.0 and 7\.0"):
+        tool.make_students(row, False, {})
+    assert [made.member for made in tool.make_students(row | {"guidance_scale": 1, "steps": "1,2"}, False, {})] == [
+        1,
+        1,
+        2,
+        2,
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of prompt
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["d/test_full.txt", "d/test_un-styled.txt", "d/test_full.txt"], {"full": [0, 2], "un-styled": [1]}),
+        (["a/p.txt", "b/p.txt"], {"a/p.txt": [0], "b/p.txt": [1]}),
+        (["test.txt", "test_b.txt"], {"test": [0], "test_b": [1]}),
+        (["a.txt", "a.txt"], {}),
+    ],
+)
+def test_names_of_kinds(tool, sources, names):
+    assert {name: numbers.tolist() for name, numbers in tool.name_kinds(sources).items()} == names
+
+
+def test_figures_by_kind_of_prompt(tool, tiny, clip, prompts, references, trainings, tmp_path):
+    """Every source of prompts has figures of its own: those of an evaluation of that source, but for the axes of FD."""
+    other = tmp_path / "prompts_b.txt"
+    other.write_text("\n".join(["deep", "blue"] * 18))
+    row = ["--row", "name=a", f"model={trainings[0]},{trainings[1]}", "steps=1", "guidance_scale=1"]
+    row += ["--images_per_prompt", "2"]
+    given = flags(tiny, prompts, tmp_path / "out", "--prompts", prompts, other, *row)
+    report = evaluate(tool, *given)
+    found = report["rows"][-1]
+    assert list(found["kinds"]) == ["prompts", "prompts_b"]
+    single = evaluate(tool, *flags(tiny, prompts, tmp_path / "one", *row))["rows"][-1]["figures"]  # the first source
+    for title in ("PSNR, dB", "edges"):
+        for key in ("value", "low", "high", "spread"):
+            assert found["kinds"]["prompts"][title][key] == pytest.approx(single[title][key], rel=1e-3)
+    sets = [[Image.open(path) for path in sorted((tmp_path / "out" / "pictures" / name).glob("*.png"))]
+            for name in ("teacher-3", "a-1", "a-1-training-2")]  # fmt: skip
+    look = tool.load_vae_statistics(tiny, "cpu")
+    with torch.no_grad():
+        features = [look(images, None).double().numpy() for images in sets]
+    project = tool.principal_components(features[0])
+    expected = [tool.frechet_distance(project(each)[12:], project(features[0])[12:]) for each in features[1:]]
+    assert found["kinds"]["prompts_b"]["FD (vae)"]["single"] == pytest.approx(expected, rel=1e-3)
+    assert found["kinds"]["prompts_b"]["FD (vae)"]["pictures"] == 72
+    assert "FD (vae)" not in found["kinds"]["prompts"]  # 12 pictures, 11 features
+    text = (tmp_path / "out" / "report.md").read_text().split("## By kind of prompt")[1]
+    assert "| evaluations | model | prompts, n = 12 | prompts_b, n = 72 |" in text
+    lines = [line.split(" | ")[:2] for line in text.split("### edges")[0].splitlines() if line[2:3].isdigit()]
+    assert lines == [["| 1", "a (2 training seeds), 1 step"], ["| 2", "teacher, 1 step"],
+                     ["| 6", "teacher, other noise, 3 steps"]]  # fmt: skip
+    assert "### FD (vae) ↓, to *teacher, 3 steps*" in text
+    given = [*given, "--protocol", "coco5k", "--references", references, "--clip_model", clip, "--pick_model", clip]
+    report = evaluate(tool, *given, "--output_dir", tmp_path / "scores")
+    for title in ("CLIP score", "PickScore"):
+        parts = [report["rows"][-1]["kinds"][kind][title]["value"] for kind in ("prompts", "prompts_b")]
+        assert np.average(parts, weights=[6, 36]) == pytest.approx(report["rows"][-1]["figures"][title]["value"])
+        assert parts[0] != pytest.approx(parts[1], rel=1e-6)
+    assert "FD (vae)" in report["rows"][-1]["figures"] and "FD (vae)" not in report["rows"][-1]["kinds"]["prompts_b"]
+
+
+def test_grid(tool, tiny, prompts, tmp_path):
+    """Lines of the tables below each other, without floors; prompts of all kinds; --grid_steps keeps references."""
+    other = tmp_path / "prompts_b.txt"
+    other.write_text("deep\nblue\n")
+    row = ["--row", "name=a", f"model={tiny}", "steps=1,2", "guidance_scale=1"]
+    given = flags(tiny, prompts, tmp_path / "out", "--prompts", prompts, other, "--grid_prompts", "4", *row)
+    for more, names in (
+        ([], ["teacher-3", "teacher-1", "teacher-2", "a-1", "a-2"]),
+        (["--grid_steps", "2"], ["teacher-3", "teacher-2", "a-2"]),
+    ):
+        evaluate(tool, *given, *more)
+        grid = Image.open(tmp_path / "out" / "grid.png")
+        assert grid.size == (176 + 4 * 132, 76 + len(names) * 132)
+        for y, name in enumerate(names):
+            for x, prompt in enumerate((0, 1, 6, 7)):
+                image = Image.open(tmp_path / "out" / "pictures" / name / f"{prompt:05}-0.png").resize((128, 128))
+                place = (176 + x * 132, 76 + y * 132)
+                found = np.asarray(grid.crop((*place, place[0] + 128, place[1] + 128))).astype(int)
+                assert np.abs(found - np.asarray(image)).max() <= 2, (name, prompt)
+
+
+def test_panels_and_ticks(tool):
+    """Every line in its panel, with the spread and the floor; round numbers on the axes."""
+    assert tool.find_ticks(13.8, 33.1, False) == [15, 20, 25, 30]
+    assert tool.find_ticks(0.48, 1.1, False) == pytest.approx([0.6, 0.8, 1.0])
+    assert tool.find_ticks(3, 320, True) == [5, 10, 20, 50, 100, 200]
+    rows = [{"name": name, "stream": 0, "speed": {"evaluations": 2}, "figures": {"FD (x)": {"value": k, "spread": 0.5}}}
+            for k, name in enumerate("tabcd")]  # fmt: skip
+    rows[0]["figures"], rows[1]["stream"] = {}, 1
+    lines = [[tool.Row(name, "m", 4, 1.0)] for name in "tabcd"]
+    run = type("run", (), {"lines": lines, "groups": lambda _: {0: [1, 2, 3], 3: [4]}})()
+    found = tool.find_panels(run, {"rows": rows, "columns": {"FD (x)": "fd"}}, dict(zip("tabcd", "TABCD", strict=True)))
+    assert [panel[1:] for panels in found for panel in panels] == [
+        ({"B": [(2, 2, 0.5)], "C": [(2, 3, 0.5)]}, 1, True),
+        ({"D": [(2, 4, 0.5)]}, None, True),
+    ]
+    assert [panel[0] for panels in found for panel in panels] == [
+        "FD (x)\nto t, 4 steps; lower is better", "FD (x)\nto c, 4 steps; lower is better"]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- references
+def test_another_reference(tool, tiny, prompts, trainings, tmp_path):
+    """A row can be held against another than the teacher, which then has a floor and few steps of its own."""
+    plain = ["--row", "name=plain", f"model={tiny}", "steps=3", "guidance_scale=1"]
+    given = [*plain, "--row", "name=a", f"model={trainings[0]}", "steps=1,2", "guidance_scale=1"]
+    output = tmp_path / "out"
+    report = evaluate(tool, *flags(tiny, prompts, output, *given, "reference=plain"))
+    figures = {row["label"]: row["figures"] for row in report["rows"]}
+    assert list(figures) == ["teacher, 3 steps", "teacher, other noise, 3 steps", "teacher, 1 step", "teacher, 2 steps",
+                             "plain, 3 steps", "plain, other noise, 3 steps", "plain, 1 step", "plain, 2 steps",
+                             "a, 1 step", "a, 2 steps"]  # fmt: skip
+    sets = {name: [Image.open(path) for path in sorted((output / "pictures" / name).glob("*.png"))]
+            for name in ("teacher-3", "plain-3", "plain-other-noise-3", "a-2")}  # fmt: skip
+    look = tool.load_vae_statistics(tiny, "cpu")
+    with torch.no_grad():
+        features = {name: look(images, None).double().numpy() for name, images in sets.items()}
+    for label, row, reference in (("plain, 3 steps", "plain-3", "teacher-3"), ("a, 2 steps", "a-2", "plain-3"),
+                                  ("plain, other noise, 3 steps", "plain-other-noise-3", "plain-3")):  # fmt: skip
+        psnr = np.mean([tool.compare_pair(*pair)[0] for pair in zip(sets[row], sets[reference], strict=True)])
+        project = tool.principal_components(features[reference])
+        fd = tool.frechet_distance(project(features[row]), project(features[reference]))
+        assert figures[label]["PSNR, dB"]["value"] == pytest.approx(psnr)
+        assert figures[label]["FD (vae)"]["value"] == pytest.approx(fd, rel=1e-3)
+    text = (output / "report.md").read_text()
+    first, second = text.split("The reference: the pictures of *")[1:]
+    assert (
+        first.startswith("teacher, 3 steps*; *teacher, other noise, 3 steps* is the floor") and "| plain | 3 |" in first
+    )
+    assert second.startswith("plain, 3 steps*") and "| a | 2 |" in second and "| a | 2 |" not in first
+    # held against the teacher after all, no picture is drawn again
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("0*.png")}
+    report = evaluate(tool, *flags(tiny, prompts, output, *given))
+    assert report["rows"][-1]["figures"]["PSNR, dB"] != figures["a, 2 steps"]["PSNR, dB"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("name=a {m} steps=1 reference=b", "row a: there is no row b, which it names as its reference"),
+        (
+            "name=b {m} steps=1,2 --row name=a {m} steps=1 reference=b",
+            "row b is the reference of others: it must be one",
+        ),
+        (
+            "name=b model={t},{t} steps=2 guidance_scale=1 --row name=a {m} steps=1 reference=b",
+            "row b is the reference",
+        ),
+        (
+            "name=a {m} steps=1 reference=teacher --protocol coco5k --references .",
+            "reference= is for protocol fidelity",
+        ),
+    ],
+)
+def test_errors_of_references(tool, tiny, prompts, tmp_path, given, message):
+    given = given.replace("{m}", "model={t} guidance_scale=1").replace("{t}", str(tiny)).split()
+    with pytest.raises(SystemExit, match=message):
+        evaluate(tool, *flags(tiny, prompts, tmp_path / "out", "--row", *given))
+
+
 # --------------------------------------------------------------------------------------------------------------- demo
 @pytest.fixture(scope="module")
 def drawn(tool, tmp_path_factory):
@@ -767,8 +1015,11 @@ def test_demo_target(tool):
     args = tool.parse_args(command.split("tools/evaluate.py")[1].split())
     rows = tool.read_rows(ROOT / args.rows)
     assert len(rows) >= 6 and all({"name", "model", "steps"} <= row.keys() for row in rows)
-    assert {row["model"] for row in rows} <= {path.replace("demo", "demo/output", 1) for path in
-                                              re.findall(r"demo[\w-]*", (ROOT / "Makefile").read_text())}  # fmt: skip
+    made = {
+        path.replace("demo", "demo/output", 1) for path in re.findall(r"demo[\w-]*", (ROOT / "Makefile").read_text())
+    }
+    models = {re.sub(r"-seed\d$", "", one["model"]) for row in rows for one in tool.training_seeds(row).values()}
+    assert models <= made | {args.teacher[0]} and len(models) >= 6
     assert args.skip_missing and args.protocol == "fidelity" and (ROOT / args.teacher[0]).is_dir()
     assert len(tool.read_prompts(args)[0]) * args.images_per_prompt >= 256
 

@@ -6,12 +6,13 @@
         --row name=lcm model=out/lcm steps=1,2,4 --row name=tcd-lora model=out/tcd-lora steps=2,4,8 \
         --prompts prompts.txt --output_dir evaluation
 
-A row is a pipeline that diffusers loads, with or without a LoRA, at some numbers of steps. All rows draw the same
-prompts from the same noise, which depends on (seed, prompt, picture) alone: rows can be added later, an interrupted
-evaluation goes on, and `accelerate launch` shares the work. Into --output_dir go
+A row is a pipeline that diffusers loads, with or without a LoRA, at some numbers of steps; model=a,b,c are trainings
+of one recipe with other seeds, and the tables have their mean and spread. All rows draw the same prompts from the same
+noise, which depends on (seed, prompt, picture) alone: rows can be added later, an interrupted evaluation goes on, and
+`accelerate launch` shares the work. Into --output_dir go
 
     report.md, report.json    the tables, and all that is needed to repeat them
-    grid.png                  prompts in rows, models in columns, the same noise
+    grid.png                  models one below the other, prompts side by side, the same noise
     quality.png               every figure against the number of network evaluations
     pictures/<row>/           what was drawn, and what the networks that judge it made of it
 
@@ -29,6 +30,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -155,10 +157,11 @@ def add_row_args(parser):
     add("--guidance_scale", type=float, default=7.5, help="of the teacher")
     add("--no_floor", action="store_true", help="leave out the teacher with other noise: the floor of FD and KD")
     add("--row", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="name= model= steps=1,2,4 "
-        "[guidance_scale= eta= lora= weight_name= scheduler=CLASS scheduler.OPTION= revision= variant=]; an output "
-        "folder of a training script needs name, model and steps only")  # fmt: skip
+        "[guidance_scale= eta= lora= weight_name= scheduler=CLASS scheduler.OPTION= revision= variant= "
+        "reference=ROW]; an output folder of a training script needs name, model and steps only; model=A,B,C: training "
+        "seeds of it; reference: a row that it is compared with, not with the teacher")  # fmt: skip
     add("--rows", metavar="FILE", help="YAML or JSON: a list of mappings with the keys of --row")
-    add("--skip_missing", action="store_true", help="leave out rows whose folder holds no model")
+    add("--skip_missing", action="store_true", help="leave out rows, and training seeds, whose folder holds no model")
 
 
 def add_protocol_args(parser):
@@ -184,7 +187,13 @@ def add_output_args(parser):
     add("--output_dir", required=True, help="folder of pictures and report; with the same one, an evaluation goes on")
     add("--batch_size", type=positive, default=16, help="pictures drawn, or looked at, at once")
     add("--dtype", choices=DTYPES, help="of the pipelines (default: float16 on a GPU, float32 on a CPU)")
-    add("--grid_prompts", type=positive, default=6, help="rows of grid.png")
+    add("--grid_prompts", type=positive, default=6, help="columns of grid.png")
+    add(
+        "--grid_steps",
+        type=positive,
+        nargs="+",
+        help="grid.png shows references and rows of these steps (default: all)",
+    )
 
 
 # Copied from train_lcm_distill_sd_wds.py
@@ -214,7 +223,7 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
-ROW_KEYS = "name model steps guidance_scale eta lora weight_name scheduler revision variant".split()
+ROW_KEYS = "name model steps guidance_scale eta lora weight_name scheduler revision variant reference".split()
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -234,7 +243,9 @@ class Row:
     scheduler_options: tuple = ()
     revision: str | None = None
     variant: str | None = None
+    reference: str | None = None  # name of the row whose pictures it is compared with; None: the first row
     stream: int = 0  # of noise: the floor row draws from another one
+    member: int = 1  # which of the row's training seeds
 
     @property
     def title(self):
@@ -246,7 +257,7 @@ class Row:
 
     @property
     def folder(self):
-        return safe_name(f"{self.title}-{self.steps}")
+        return safe_name(f"{self.title}-{self.steps}" + f"-training-{self.member}" * (self.member > 1))
 
 
 def safe_name(text):
@@ -338,7 +349,17 @@ def complete_row(row):
     return row
 
 
-def make_rows(row):
+def training_seeds(row):
+    """{number: row} of each training seed: model or lora may be a list of them, or have commas between."""
+    given = {key: row[key].split(",") if isinstance(row[key], str) else [str(each) for each in np.atleast_1d(row[key])]
+             for key in ("model", "lora") if row.get(key)}  # fmt: skip
+    count = max(map(len, given.values()), default=1)
+    if uneven := [key for key, values in given.items() if len(values) not in (1, count)]:
+        fail(f"row {row.get('name')}: {uneven[0]} must be one, or as many as there are training seeds, {count}")
+    return {k + 1: row | {key: values[k % len(values)] for key, values in given.items()} for k in range(count)}
+
+
+def make_rows(row, member=1):
     """{key: value} → a Row for each number of steps. Fails with a line that names the row."""
     name = row.get("name", " ".join(f"{key}={value}" for key, value in row.items()))
     if not {"name", "model", "steps"} <= row.keys():
@@ -358,30 +379,88 @@ def make_rows(row):
         fail(f"row {name}: {first_line(error)}")
     if min(steps) < 1:
         fail(f"row {name}: steps must be 1 or more")
-    return [Row(**row, steps=k, scheduler_options=tuple(sorted(options.items()))) for k in dict.fromkeys(steps)]
+    row |= {"scheduler_options": tuple(sorted(options.items())), "member": member}
+    row["reference"] = row.get("reference") and str(row["reference"])
+    return [Row(**row, steps=k) for k in dict.fromkeys(steps)]
+
+
+def make_students(row, skips_missing, left_out):
+    """The rows of all training seeds of a row; with skips_missing of those that are there, and left_out has the others.
+    Fails where they are to be used with different settings: these are no seeds of one recipe.
+    """
+    seeds, gone, made = training_seeds(row), {}, []
+    if skips_missing:
+        for number, one in seeds.items():
+            if lost := [one[key] for key in ("model", "lora") if one.get(key) and not holds_model(one[key])]:
+                gone[number] = lost[0]
+    if gone:
+        part = f", {len(gone)} of {len(seeds)} training seeds" if len(gone) < len(seeds) else ""
+        left_out[f"row {row.get('name')}{part}"] = f"there is no model in {', '.join(gone.values())}"
+    for number, one in seeds.items():
+        made += [] if number in gone else make_rows(one, number)
+    for key in ("guidance_scale", "eta"):
+        if len(found := sorted({str(getattr(each, key)) for each in made})) > 1:
+            fail(f"row {row['name']}: its models are no training seeds of one recipe: {key} is {' and '.join(found)}")
+    return made
+
+
+def add_references(rows, has_floor):
+    """Adds the floor after the first row. A row that others name as their reference has what comes with the teacher:
+    the floor, and rows of their steps, which are compared with it.
+    """
+    steps, found = collections.defaultdict(set), []
+    for row in rows:
+        steps[row.reference].add(row.steps)
+    for row in rows:
+        found.append(row)
+        is_reference = row.name in steps and row.name != rows[0].name
+        own = {"reference": row.name} if is_reference else {}
+        if is_reference and len([other for other in rows if other.name == row.name]) > 1:
+            fail(f"row {row.name} is the reference of others: it must be one model at one number of steps")
+        if has_floor and (is_reference or row is rows[0]):
+            found.append(dataclasses.replace(row, stream=1, **own))
+        if is_reference:
+            found += [dataclasses.replace(row, steps=k, **own) for k in sorted(steps[row.name] - {row.steps})]
+    return found
 
 
 def list_rows(args):
     """All rows of the comparison, the teacher first, and {name: reason} of those that were left out."""
     students, left_out = [], {}
     for row in [*(parse_pairs(pairs, "--row") for pairs in args.row), *(read_rows(args.rows) if args.rows else [])]:
-        gone = [str(row[key]) for key in ("model", "lora") if row.get(key) and not holds_model(str(row[key]))]
-        if args.skip_missing and gone:
-            left_out[f"row {row.get('name')}"] = f"there is no model in {gone[0]}"
-        else:
-            students += make_rows(row)
+        students += make_students(row, args.skip_missing, left_out)
     rows = []
     if args.teacher:
         few = sorted({row.steps for row in students} - {args.teacher_steps})
         teacher = {"name": "teacher", "model": args.teacher[0], "guidance_scale": args.guidance_scale}
         rows = make_rows(teacher | parse_pairs(args.teacher[1:], "--teacher") | {"steps": [args.teacher_steps, *few]})
-        if PROTOCOLS[args.protocol].references is None and not args.no_floor:
-            rows.insert(1, dataclasses.replace(rows[0], stream=1))
-    rows += students
+    if PROTOCOLS[args.protocol].references is not None and any(row.reference for row in students):
+        fail(f"--protocol {args.protocol} compares with real pictures: reference= is for protocol fidelity")
+    has_floor = PROTOCOLS[args.protocol].references is None and not args.no_floor
+    rows = add_references(rows + students, has_floor)
     folders = collections.Counter(row.folder for row in rows)
     if twice := [row.label for row in rows if folders[row.folder] > 1]:
         fail(f"two rows are called {twice[0]}: give them names of their own")
     return rows or fail("no row to compare: give --teacher, --row or --rows"), left_out
+
+
+def group_rows(rows):
+    """The lines of the tables: rows that differ in nothing but their training seed share one."""
+    lines = {}
+    for row in rows:
+        lines.setdefault((row.title, row.steps), []).append(row)
+    return list(lines.values())
+
+
+def find_targets(lines):
+    """The number of the line with which each is compared; None for the first."""
+    numbers = {}
+    for number, line in enumerate(lines):
+        numbers.setdefault(line[0].name, number)  # a reference stands before the rows that come with it
+    if unknown := [line[0] for line in lines if line[0].reference not in (None, *numbers)]:
+        fail(f"row {unknown[0].name}: there is no row {unknown[0].reference}, which it names as its reference")
+    targets = [numbers.get(line[0].reference, 0) for line in lines]
+    return [None, *(0 if target == number else target for number, target in enumerate(targets[1:], 1))]
 
 
 def fingerprint(source):
@@ -399,6 +478,8 @@ def fingerprint(source):
 def row_settings(row):
     """What must be the same for pictures to be of this row."""
     settings = dataclasses.asdict(row) | {"weights": fingerprint(row.model), "lora_weights": fingerprint(row.lora)}
+    for key in ("member", "reference"):  # nothing that is drawn depends on them
+        del settings[key]
     return json.loads(json.dumps(settings))  # tuples are lists then
 
 
@@ -476,8 +557,10 @@ def read_coco_captions(path):
 
 
 def read_prompts(args):
-    """The prompts, as many as are wanted, and the names of the pictures that they describe, where COCO's are."""
-    prompts = []
+    """The prompts, as many as are wanted, the names of the pictures that they describe, where COCO's are, and
+    {kind: numbers of its prompts} where they are of several sources.
+    """
+    prompts, sources = [], []
     for source in args.prompts:
         if source.endswith(".json"):
             prompts += read_coco_captions(source)
@@ -489,10 +572,26 @@ def read_prompts(args):
             except (OSError, ValueError) as error:
                 fail(f"--prompts {source} cannot be read: {first_line(error)}")
             prompts += [(line.strip(), None) for line in lines if line.strip()]
+        sources += [source] * (len(prompts) - len(sources))
     if len(prompts) < (args.num_prompts or 1):
         fail(f"--prompts holds {len(prompts)} prompts, and {args.num_prompts or 1} are wanted")
     chosen = prompts[: args.num_prompts or PROTOCOLS[args.protocol].prompts]
-    return [caption for caption, _ in chosen], {name for _, name in chosen} - {None}
+    kinds = name_kinds(sources[: len(chosen)])
+    return [caption for caption, _ in chosen], {name for _, name in chosen} - {None}, kinds
+
+
+def name_kinds(sources):
+    """{kind: numbers of its prompts}, {} if all are of one source. A kind is called by what its file's name has of its
+    own: test_plain.txt and test_styled.txt are "plain" and "styled".
+    """
+    files = list(dict.fromkeys(sources))
+    stems = [Path(file).stem for file in files]
+    shared = re.sub(r"[^_-]*$", "", os.path.commonprefix(stems))
+    names = [stem.removeprefix(shared) or stem for stem in stems]
+    names = names if len(set(names)) == len(files) else files
+    found = {name: np.flatnonzero([source == file for source in sources])
+             for name, file in zip(names, files, strict=True)}  # fmt: skip
+    return found if len(found) > 1 else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -553,9 +652,19 @@ class Evaluation:
         is_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.accelerator.is_available()
         self.state = PartialState(cpu=is_cpu, timeout=datetime.timedelta(days=30))  # ranks wait for the slowest
         self.dtype = args.dtype or ("float32" if self.state.device.type == "cpu" else "float16")
-        (self.prompts, self.described), (self.rows, self.left_out) = read_prompts(args), list_rows(args)
+        (self.prompts, self.described, kinds), (self.rows, self.left_out) = read_prompts(args), list_rows(args)
+        self.kinds = {"": np.arange(len(self.prompts))} | kinds  # all prompts, and those of each source
+        self.lines = group_rows(self.rows)
+        self.targets = find_targets(self.lines)
         self.items = [(i, k) for i in range(len(self.prompts)) for k in range(args.images_per_prompt)]
         self.warnings = []
+
+    def groups(self):
+        """{number of a reference: numbers of the lines that are compared with it}; {None: all} with real pictures."""
+        if self.protocol.references is not None:
+            return {None: list(range(len(self.lines)))}
+        return {target: [number for number, found in enumerate(self.targets) if found == target]
+                for target in dict.fromkeys([0, *self.targets[1:]])}  # fmt: skip
 
     def folder(self, row):
         return self.output / "pictures" / row.folder
@@ -670,7 +779,8 @@ def warm_up(pipe, row, batch, run):
 def draw_batch(pipe, row, batch, run, counts):
     """Draws and saves pictures, and notes how long the drawing took: text encoder, network and VAE."""
     counts["evaluations"], begun = 0, time.perf_counter()
-    images, seconds = call_pipeline(pipe, row, batch, run, row.steps), time.perf_counter() - begun
+    images = call_pipeline(pipe, row, batch, run, row.steps)
+    seconds = time.perf_counter() - begun  # the pictures have come to the CPU: nothing of them still runs on a GPU
     for item, image in zip(batch, images, strict=True):
         stream = io.BytesIO()
         image.convert("RGB").save(stream, "PNG", compress_level=1)
@@ -694,7 +804,8 @@ def draw_rows(run):
     loaded, pipe, counts = None, None, collections.Counter()
     with run.bar(sum(row.steps * len(batch) for row, mine in work for batch in mine), "step", "drawing") as bar:
         for row, mine in work:
-            source = dataclasses.replace(row, name="", steps=0, guidance_scale=0, eta=None, stream=0)
+            different = {"guidance_scale": 0, "eta": None, "stream": 0, "member": 1, "reference": None}
+            source = dataclasses.replace(row, name="", steps=0, **different)  # the same pipeline draws them all
             if mine and source != loaded:
                 pipe = None  # before the next one is loaded
                 gc.collect()
@@ -708,10 +819,10 @@ def draw_rows(run):
                 bar.update(row.steps * len(batch))
 
 
-def read_times(run, row):
+def read_times(run, rows):
     """Seconds and network evaluations a picture, and the device, over all that was timed; {} where nothing was."""
     lines = []
-    for path in sorted(run.folder(row).glob("times-*.jsonl")):
+    for path in (path for row in rows for path in sorted(run.folder(row).glob("times-*.jsonl"))):
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # it was killed while it wrote
                 lines.append(json.loads(line))
@@ -758,7 +869,7 @@ def load_judge(kind, name, device):
     model, info = kind.from_pretrained(name, output_loading_info=True)
     if lost := sorted(info["missing_keys"]):
         raise Missing(f"{name} lacks {len(lost)} weights of a {kind.__name__}: {lost[0]}, …")
-    return model.to(device).requires_grad_(False).eval()
+    return model.to(device, torch.float32).requires_grad_(False).eval()
 
 
 def load_vision_model(name, device):
@@ -781,7 +892,7 @@ def load_vae_statistics(model, device):
     A small network that is at hand without a download. It sees sharpness, texture and colour, and little of what is in
     a picture: enough to order students of one teacher, and what the tests hold it to.
     """
-    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").to(device).requires_grad_(False).eval()
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").to(device, torch.float32).requires_grad_(False).eval()
     found = []
     for block in (*vae.encoder.down_blocks, vae.encoder.mid_block):
         block.register_forward_hook(lambda _block, _inputs, output: found.append(output.flatten(2)))
@@ -931,6 +1042,19 @@ def bootstrap(values, statistic=lambda means: means[0], resamples=1000):
     return {"value": float(statistic(values.mean(axis=0))), "low": float(low), "high": float(high)}
 
 
+def spread(single):
+    """What a figure of several training seeds has besides its mean: their standard deviation (n − 1), and each."""
+    return {"spread": statistics.stdev(single), "single": single} if len(single) > 1 else {}
+
+
+def over_seeds(members, statistic=lambda means: means[0]):
+    """A figure of one or more training seeds, from the values (prompts, columns) of each: its mean over them, the 95 %
+    interval of that over prompts, and the spread. The statistic must be linear in the columns that seeds differ in.
+    """
+    single = [float(statistic(values.mean(axis=0))) for values in members]
+    return bootstrap(np.mean(members, axis=0), statistic) | spread(single)
+
+
 class Given(torch.nn.Module):
     """What torchmetrics takes for a network: the features are there already."""
 
@@ -1009,22 +1133,28 @@ def measure_all(run):
 
 
 def pair_figures(run, sets):
-    """PSNR and edges of every row but the first, to whose pictures the others are compared; {} for the first."""
+    """PSNR and edges of every line by kind of prompt, compared with its reference's pictures; {} for the first."""
+    pairs = [(pictures, sets[target][0]) for line, target in zip(sets[1:], run.targets[1:], strict=True)
+             for pictures in line]  # fmt: skip
+    references = {id(reference): reference for _, reference in pairs}
 
     def compare(index):
-        reference = sets[0].load(index)
-        return [compare_pair(pictures.load(index), reference) for pictures in sets[1:]]
+        loaded = {key: reference.load(index) for key, reference in references.items()}
+        return [compare_pair(pictures.load(index), loaded[id(reference)]) for pictures, reference in pairs]
 
-    values = np.zeros((len(run.items), len(sets) - 1, 3))
+    values = np.zeros((len(run.items), len(pairs), 3))
     with ThreadPoolExecutor() as pool, run.bar(len(run.items), "picture", "PSNR") as bar:
         for index, found in enumerate(pool.map(compare, range(len(run.items)))):
             values[index] = np.reshape(found, (-1, 3))
             bar.update()
-    figures = [{}]
-    for row in range(len(sets) - 1):
-        means = prompt_means(run, values[:, row])
-        edges = bootstrap(means, lambda mean: mean[1] / max(mean[2], 1e-12))
-        figures.append({"psnr": bootstrap(means), "edges": edges})
+    figures, means = [{}], iter(prompt_means(run, values[:, column]) for column in range(len(pairs)))
+    for line in sets[1:]:
+        members, found = [next(means) for _ in line], {}
+        for kind, numbers in run.kinds.items():
+            of_kind = [values[numbers] for values in members]
+            edges = over_seeds(of_kind, lambda mean: mean[1] / max(mean[2], 1e-12))
+            found[kind] = {"psnr": over_seeds(of_kind), "edges": edges}
+        figures.append(found)
     return figures
 
 
@@ -1034,59 +1164,94 @@ def prompt_means(run, values):
 
 
 def collect(run, looks, references):
-    """All figures by row, [{column: {value, low, high}}], and the columns, {title: figure}. Adds warnings."""
-    sets = [run.pictures(row) for row in run.rows]
-    columns, tables = {}, [{} for _ in run.rows]
+    """All figures by line and kind of prompt ("" is all), [{kind: {column: {value, …}}}], and the columns, {title:
+    figure}. Adds warnings.
+    """
+    sets = [[run.pictures(row) for row in line] for line in run.lines]
+    columns, tables = {}, [{kind: {} for kind in run.kinds} for _ in run.lines]
 
     def add(titles, found):
         columns.update({title: figure for figure, title in titles.items()})
-        for table, figures in zip(tables, found, strict=True):
-            table.update({titles[figure]: value for figure, value in figures.items()})
+        for table, kinds in zip(tables, found, strict=True):
+            for kind, figures in kinds.items():
+                table[kind].update({titles[figure]: value for figure, value in figures.items()})
 
     if "psnr" in run.protocol.figures:
         add({figure: FIGURES[figure].title for figure in ("psnr", "edges")}, pair_figures(run, sets))
     for look in looks:
-        values = [measured(run, look, pictures) for pictures in sets]
+        values = [[measured(run, look, pictures) for pictures in line] for line in sets]
         if look.network:
             found = set_figures(run, look, values, references)
         else:
-            scale = 100 if "clip" in look.figures else 1
-            found = [{look.figures[0]: bootstrap(prompt_means(run, scale * row_values))} for row_values in values]
+            found = [score_figures(run, look, line) for line in values]
         add({figure: look.title(figure) for figure in look.figures}, found)
     return tables, columns
 
 
+def score_figures(run, look, members):
+    """{kind: {figure: …}} of a score by picture, from the scores of each training seed."""
+    means = [prompt_means(run, values * (100 if "clip" in look.figures else 1)) for values in members]
+    return {kind: {look.figures[0]: over_seeds([values[numbers] for values in means])}
+            for kind, numbers in run.kinds.items()}  # fmt: skip
+
+
 def set_figures(run, look, values, references):
-    """Distances of each row's features from the reference's: the real pictures, or else the first row's."""
-    reference, title = values[0], look.title(look.figures[0])
+    """Distances of each line's features from those of the real pictures, or else from those of its reference, by kind
+    of prompt: of a kind from the reference's pictures of it, where there are enough for the number of features.
+    """
+    title, found = look.title(look.figures[0]), [{} for _ in run.lines]
     if look.is_real:
-        reference = measured(run, look, references)
-        if lost := len(references.places) - len(reference):
+        real = measured(run, look, references)
+        if lost := len(references.places) - len(real):
             run.warnings.append(f"{title}: {lost} of {len(references.places)} reference pictures are broken")
-    if look.network == "vae":
-        project = principal_components(reference)
-        reference, values = project(reference), [project(row_values) for row_values in values]
-    compute = {"fd": frechet_distance, "patch_fd": frechet_distance, "kd": kernel_distance}
-    found = [{figure: {"value": compute[figure](row_values, reference), "pictures": len(row_values)}
-              for figure in look.figures} for row_values in values]  # fmt: skip
-    found[0] = found[0] if look.is_real else {}  # the reference itself
-    check_stability(run, look, values, reference, found)
+    for target, numbers in run.groups().items():
+        reference = real if look.is_real else values[target][0]
+        project = principal_components(reference) if look.network == "vae" else lambda features: features
+        reference, projected = project(reference), {n: [project(one) for one in values[n]] for n in numbers}
+        for number, line in projected.items():
+            found[number][""] = {figure: distance(figure, line, reference) for figure in look.figures}
+        for kind, pictures in of_kinds(run, look, reference.shape[1]).items():
+            for number, line in projected.items():
+                pair = [features[pictures] for features in line], reference[pictures]
+                found[number][kind] = {figure: distance(figure, *pair) for figure in look.figures}
+        floor = next((n for n in numbers if run.lines[n][0].stream or look.is_real), None)
+        check_stability(run, look, reference, None if floor is None else projected[floor][0], floor)
     return found
 
 
-def check_stability(run, look, values, reference, found):
+def of_kinds(run, look, width):
+    """{kind: numbers of its pictures} of the kinds of prompt that have pictures enough for so many features. Real
+    pictures are of no kind.
+    """
+    if look.is_real:
+        return {}
+    count = run.args.images_per_prompt
+    pictures = {kind: (numbers[:, None] * count + np.arange(count)).ravel() for kind, numbers in run.kinds.items()}
+    return {kind: numbers for kind, numbers in pictures.items() if kind and len(numbers) > 2 * width}
+
+
+DISTANCES = {"fd": frechet_distance, "patch_fd": frechet_distance, "kd": kernel_distance}
+
+
+def distance(figure, members, reference):
+    """The distance of the features of each training seed from the reference's, and the number of pictures."""
+    single = [DISTANCES[figure](features, reference) for features in members]
+    return {"value": statistics.fmean(single), "pictures": len(members[0])} | spread(single)
+
+
+def check_stability(run, look, reference, features, number):
     """Warns where an FD tells more of the number of pictures than of the pictures: where there are few for their
     covariance, or half of a row's pictures read otherwise than all. That row is the floor, or the first one.
     """
     title, width = look.title(look.figures[0]), reference.shape[1]
-    if (fewest := min(len(values[0]), len(reference))) <= 2 * width:
-        run.warnings.append(f"{title}: {fewest} pictures are too few for {width} features: it is biased upwards and "
-                            f"not stable; draw more than {2 * width}")  # fmt: skip
-    index = next((i for i, row in enumerate(run.rows) if row.stream or look.is_real), None)
-    if index is not None and len(values[index]) >= 4:
-        half, whole = frechet_distance(values[index][::2], reference[::2]), found[index][look.figures[0]]["value"]
+    if (fewest := min(len(run.items), len(reference))) <= 2 * width:
+        warning = (f"{title}: {fewest} pictures are too few for {width} features: it is biased upwards and not stable; "
+                   f"draw more than {2 * width}")  # fmt: skip
+        run.warnings += [warning] * (warning not in run.warnings)
+    if features is not None and len(features) >= 4:
+        half, whole = frechet_distance(features[::2], reference[::2]), frechet_distance(features, reference)
         if abs(half - whole) > 0.1 * whole:
-            numbers = f"{run.rows[index].label}, reads {whole:.3g}, and {half:.3g} with half as many"
+            numbers = f"{run.lines[number][0].label}, reads {whole:.3g}, and {half:.3g} with half as many"
             run.warnings.append(f"{title} depends on the number of pictures: {numbers}; compare equal numbers only")
 
 
@@ -1096,11 +1261,27 @@ LIBRARIES = "torch diffusers transformers accelerate peft torchmetrics clean-fid
 
 
 def show(found, figure):
-    """A figure for the table, with its interval, or with the number of pictures where it depends on that."""
+    """A figure for the table, with its spread over training seeds and its interval over prompts."""
     if found is None:
         return "–"
-    numbers = [f"{found[key]:.{FIGURES[figure].digits}f}" for key in ("value", "low", "high") if key in found]
-    return "{} ({} … {})".format(*numbers) if "low" in found else f"{numbers[0]} (n = {found['pictures']:,})"
+    value, *others = (f"{found[key]:.{FIGURES[figure].digits}f}" if key in found else ""
+                      for key in ("value", "spread", "low", "high"))  # fmt: skip
+    return "{}{}{}".format(value, others[0] and f" ± {others[0]}", others[1] and f" ({others[1]} … {others[2]})")
+
+
+def title_of(line):
+    """The name of a line of the tables, with the number of training seeds where there are several."""
+    return line[0].title + f" ({len(line)} training seeds)" * (len(line) > 1)
+
+
+def label_of(line):
+    return line[0].label.replace(line[0].title, title_of(line), 1)
+
+
+def heading(title, figure, pictures):
+    """The head of a column: which way is better, and the number of pictures of a figure that depends on it."""
+    is_distance = FIGURES[figure].title in ("FD", "patch FD", "KD × 1000")
+    return f"{title} {ARROWS[FIGURES[figure].better]}" + f", n = {pictures:,}" * is_distance
 
 
 def markdown_table(head, lines):
@@ -1110,9 +1291,14 @@ def markdown_table(head, lines):
 def make_report(run, tables, columns):
     """Everything that the report says, as it stands in report.json."""
     rows, versions = [], {}
-    for row, figures in zip(run.rows, tables, strict=True):
-        settings = {key: value for key, value in dataclasses.asdict(row).items() if value not in (None, ())}
-        rows.append(settings | {"label": row.label, "figures": figures, "speed": read_times(run, row)})
+    for line, figures in zip(run.lines, tables, strict=True):
+        row = {key: value for key, value in dataclasses.asdict(line[0]).items() if value not in (None, ())}
+        row |= {key: [getattr(each, key) for each in line] for key in ("model", "lora") if len(line) > 1 and key in row}
+        del row["member"]
+        row |= {"label": line[0].label, "figures": figures[""], "speed": read_times(run, line)}
+        rows.append(
+            row | ({"kinds": {kind: each for kind, each in figures.items() if kind}} if len(figures) > 1 else {})
+        )
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -1137,36 +1323,83 @@ def published(run, columns):
     return f"{table}\n\nSource: {protocol.source}. Their prompts and noise are not these."
 
 
+def figure_tables(run, report):
+    """A table for each reference: it, and the lines that are compared with it."""
+    columns, tables = report["columns"], []
+    head = ["model", "steps", "network evaluations", "guidance", "eta"]
+    head += [heading(title, figure, len(run.items)) for title, figure in columns.items()]
+    for target, numbers in run.groups().items():
+        lines = []
+        for number in [target] * (target is not None) + numbers:
+            row, found = run.lines[number][0], report["rows"][number]
+            figures = found["figures"] if number in numbers else {}
+            cells = [f"{row.guidance_scale:g}", "–" if row.eta is None else f"{row.eta:g}"]
+            cells += [show(figures.get(title), figure) for title, figure in columns.items()]
+            lines.append([title_of(run.lines[number]), row.steps, evaluations_of(found), *cells])
+        tables.append(f"{describe_reference(run, target, numbers)}\n\n{markdown_table(head, lines)}")
+    return "\n\n".join(tables)
+
+
+def kind_tables(run, report):
+    """For each figure a table with the kinds of prompt in columns, ordered by network evaluations."""
+    kinds, count = [kind for kind in run.kinds if kind], run.args.images_per_prompt
+    head = ["evaluations", "model", *(f"{kind}, n = {len(run.kinds[kind]) * count:,}" for kind in kinds)]
+    text = """## By kind of prompt
+
+The kinds are the sources of `--prompts`, n is the number of pictures, and rows are ordered by network evaluations.
+A distance is there for kinds with more pictures than twice the number of features."""
+    for target, title in itertools.product(run.groups(), report["columns"]):
+        lines = []
+        for number in run.groups()[target]:
+            row, name = report["rows"][number], label_of(run.lines[number])
+            cells = [show(row["kinds"][kind].get(title), report["columns"][title]) for kind in kinds]
+            if set(cells) != {"–"}:
+                lines.append([row["speed"].get("evaluations", math.inf), [evaluations_of(row), name, *cells]])
+        lines = [cells for _, cells in sorted(lines, key=lambda line: line[0])]
+        figure = FIGURES[report["columns"][title]]
+        about = f"{title} {ARROWS[figure.better]}" + ("" if target is None else f", to *{run.lines[target][0].label}*")
+        text += f"\n\n### {about}\n\n{markdown_table(head, lines)}" if lines else ""
+    return f"\n{text}\n" if kinds else ""
+
+
+def evaluations_of(found):
+    return f"{found['speed']['evaluations']:g}" if found["speed"].get("evaluations") else "–"
+
+
+def describe_reference(run, target, numbers):
+    """What the figures of these lines are compared with."""
+    if run.protocol.references is not None:
+        return f"The reference: the real pictures of `{' '.join(run.args.references)}`."
+    floors = [f"; *{run.lines[number][0].label}* is the floor" for number in numbers if run.lines[number][0].stream]
+    return f"The reference: the pictures of *{run.lines[target][0].label}*{''.join(floors)}."
+
+
+def speed_table(run, report):
+    lines = []
+    for line, found in zip(run.lines, report["rows"], strict=True):
+        if times := found["speed"]:
+            numbers = (f"{times[key]:.3g}" for key in ("pictures_per_second", "seconds"))
+            lines.append([title_of(line), line[0].steps, *numbers, f"{times['device']}, {run.dtype}"])
+    return markdown_table(["model", "steps", "pictures/s", "s a picture", "device, precision"], lines)
+
+
 def write_markdown(run, report):
     """report.md: for a reader who has nothing else."""
-    columns, lines, speed = report["columns"], [], []
-    head = ["model", "steps", "network evaluations", "guidance", "eta"]
-    head += [f"{title} {ARROWS[FIGURES[figure].better]}" for title, figure in columns.items()]
-    for row, line in zip(run.rows, report["rows"], strict=True):
-        times, figures = line["speed"], [show(line["figures"].get(title), columns[title]) for title in columns]
-        eta = "–" if row.eta is None else f"{row.eta:g}"
-        evaluations = f"{times['evaluations']:g}" if times.get("evaluations") else "–"
-        lines.append([row.title, row.steps, evaluations, f"{row.guidance_scale:g}", eta, *figures])
-        if times:
-            numbers = (f"{times[key]:.3g}" for key in ("pictures_per_second", "seconds"))
-            speed.append([row.title, row.steps, *numbers, f"{times['device']}, {run.dtype}"])
-    first, floor = run.rows[0], next((row for row in run.rows if row.stream), None)
-    reference = f"the real pictures of `{' '.join(run.args.references or [])}`"
-    if run.protocol.references is None:
-        reference = f"the pictures of *{first.label}*" + (f"; *{floor.label}* is the floor" if floor else "")
+    seeds = "A row of several training seeds shows their mean ± standard deviation (n − 1). " * (
+        len(run.lines) < len(run.rows)
+    )
     notes = [f"**{title}**, {FIGURES[figure].better} is better: {FIGURES[figure].meaning}."
-             for title, figure in columns.items()]  # fmt: skip
+             for title, figure in report["columns"].items()]  # fmt: skip
     notes += [f"**Warning.** {warning}." for warning in report["warnings"]]
     notes += [f"**{title}** is left out: {reason}." for title, reason in report["left_out"].items()]
     text = f"""# Evaluation by protocol `{report["protocol"]}`
 
 {run.protocol.about[0].upper() + run.protocol.about[1:]}.
 {len(run.prompts):,} prompts × {run.args.images_per_prompt} = {len(run.items):,} pictures a row, of the same prompts and noise in all rows, seed {report["seed"]}, {report["dtype"]}.
-The reference: {reference}.
 
-{markdown_table(head, lines)}
+{figure_tables(run, report)}
 
-In brackets the 95 % interval by bootstrap over prompts; a difference between two rows is surer than that, for their prompts and noise
+{seeds}In brackets the 95 % interval by bootstrap over prompts; a difference between two rows is surer than that, for their prompts and noise
 are the same. Network evaluations are counted, for a picture: guidance doubles them.
 
 {chr(10).join(f"- {note}" for note in notes)}
@@ -1174,14 +1407,14 @@ are the same. Network evaluations are counted, for a picture: guidance doubles t
 ![Pictures of the same noise](grid.png)
 
 ![Figures against network evaluations](quality.png)
-
+{kind_tables(run, report)}
 ## Published figures of this protocol
 
-{published(run, columns)}
+{published(run, report["columns"])}
 
 ## Speed
 
-{markdown_table(["model", "steps", "pictures/s", "s a picture", "device, precision"], speed)}
+{speed_table(run, report)}
 
 Warm, in batches of up to {run.args.batch_size}, on one device; with text encoder and VAE.
 
@@ -1196,69 +1429,123 @@ Warm, in batches of up to {run.args.batch_size}, on one device; with text encode
     write_whole(run.output / "report.md", text.encode())
 
 
-def draw_grid(run):
-    """grid.png: prompts in rows, the rows of the comparison in columns, the same noise."""
-    cell, left, top, gap, font = 160, 150, 44, 4, ImageFont.load_default(13)
-    rows, count = [row for row in run.rows if not row.stream], min(run.args.grid_prompts, len(run.prompts))
-    grid = Image.new("RGB", (left + len(rows) * (cell + gap), top + count * (cell + gap)), "white")
+def draw_grid(run, report):
+    """grid.png: the lines of the tables one below the other, prompts of all kinds side by side, the same noise. Of
+    several training seeds it shows the first.
+    """
+    left, top, gap, font = 176, 76, 4, ImageFont.load_default(13)
+    groups, wanted = run.groups(), run.args.grid_steps
+    order = dict.fromkeys(n for target, numbers in groups.items() for n in [target, *numbers] if n is not None)
+    shown = [number for number in order if not run.lines[number][0].stream]
+    shown = [number for number in shown if not wanted or number in groups or run.lines[number][0].steps in wanted]
+    kinds = [numbers for kind, numbers in run.kinds.items() if kind] or [run.kinds[""]]
+    mixed = [number for numbers in itertools.zip_longest(*kinds) for number in numbers if number is not None]
+    prompts = sorted(mixed[: run.args.grid_prompts])
+    cell = min(max(Image.open(run.path(run.rows[0], (0, 0))).width, 128), 256)
+    grid = Image.new("RGB", (left + len(prompts) * (cell + gap), top + len(shown) * (cell + gap)), "white")
     pen = ImageDraw.Draw(grid)
-    for y in range(count):
-        place = (gap, top + y * (cell + gap))
-        pen.multiline_text(place, textwrap.fill(run.prompts[y][:160], 20), "black", font)
-    for x, row in enumerate(rows):
-        pen.multiline_text((left + x * (cell + gap), gap), textwrap.fill(row.label, 22), "black", font)
-        for y in range(count):
-            image = ImageOps.contain(Image.open(run.path(row, (y, 0))), (cell, cell))
-            grid.paste(image, (left + x * (cell + gap), top + y * (cell + gap)))
+    for x, prompt in enumerate(prompts):
+        text = textwrap.fill(run.prompts[prompt], cell // 7, max_lines=4, placeholder=" …")
+        pen.multiline_text((left + x * (cell + gap), gap), text, "black", font)
+    for y, number in enumerate(shown):
+        row, height = run.lines[number][0], top + y * (cell + gap)
+        text = textwrap.fill(row.title, 23) + f"\n{row.label.removeprefix(row.title + ', ')}"
+        count = evaluations_of(report["rows"][number])
+        pen.multiline_text((gap, height), text + f", {count} evaluation{'s' * (count != '1')}", "black", font)
+        for x, prompt in enumerate(prompts):
+            image = ImageOps.contain(Image.open(run.path(row, (prompt, 0))), (cell, cell))
+            grid.paste(image, (left + x * (cell + gap), height))
     grid.save(run.output / "grid.png")
 
 
-COLOURS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22")
+COLOURS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22",
+           "#7f7f7f", "#00c000")  # fmt: skip
 
 
-def draw_panel(pen, box, title, lines, font):
-    """A figure against network evaluations, these on a logarithmic axis; lines: {colour: [(evaluations, value), …]}."""
-    left, top, right, bottom = box
-    xs, ys = zip(*(point for points in lines.values() for point in points), strict=True)
+def find_ticks(low, high, is_log):
+    """Round numbers between these two, some four of them."""
+    if is_log:
+        numbers = [digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)]
+    else:
+        step = 10 ** math.floor(math.log10((high - low) / 3))
+        step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) < 6)
+        numbers = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+    return [number for number in numbers if low <= number <= high]
+
+
+def draw_panel(pen, box, panel, font):
+    """A figure against network evaluations, these on a logarithmic axis."""
+    (left, top, right, bottom), (title, lines, floor, is_log) = box, panel
+    xs, ys = zip(*((x, y) for points in lines.values() for x, y, _ in points), strict=True)
+    ys += () if floor is None else (floor,)
     low, high = min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1
+    is_log = is_log and low > 1e-3 * high  # the same pictures are at zero
+    low, high = (low / 1.1, high * 1.1) if is_log else (low - (high - low) / 20, high + (high - low) / 20)
+    scale = math.log if is_log else float
 
     def place(x, y):
         across = math.log2(x / min(xs)) / (math.log2(max(xs) / min(xs)) or 1)
-        return left + across * (right - left), bottom - (y - low) / (high - low) * (bottom - top)
+        up = (scale(min(max(y, low), high)) - scale(low)) / (scale(high) - scale(low))
+        return left + across * (right - left), bottom - up * (bottom - top)
 
-    pen.text((left, top - 60), title, "black", font)
+    pen.multiline_text((left, top - 30), title, "black", font, anchor="ld", spacing=8)
     pen.text(((left + right) / 2, bottom + 50), "network evaluations a picture", "black", font, anchor="mt")
-    for y in np.linspace(low, high, 4):
+    for y in find_ticks(low, high, is_log):
         pen.line([place(min(xs), y), (right, place(min(xs), y)[1])], "#cccccc", 2)
-        pen.text((left - 12, place(min(xs), y)[1]), f"{y:.3g}", "black", font, anchor="rm")
+        pen.text((left - 16, place(min(xs), y)[1]), f"{y:.5g}", "black", font, anchor="rm")
     for x in sorted(set(xs)):
         pen.text((place(x, low)[0], bottom + 10), f"{x:g}", "black", font, anchor="mt")
+    for x in np.arange(left, right, 24) if floor is not None else ():
+        pen.line([(x, place(1, floor)[1]), (x + 12, place(1, floor)[1])], "#222222", 3)
     for colour, points in lines.items():
-        points = [place(*point) for point in sorted(points)]
-        pen.line(points, colour, 4)
-        for x, y in points:
-            pen.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
+        pen.line([place(x, y) for x, y, _ in sorted(points)], colour, 4)
+        for x, y, deviation in points:
+            across, height = place(x, y)
+            pen.line([place(x, y - deviation), place(x, y + deviation)], colour, 4)
+            pen.ellipse([across - 7, height - 7, across + 7, height + 7], colour)
+
+
+def find_panels(run, report, colours):
+    """[[(title, {colour: [(evaluations, value, spread), …]}, the floor's value or None, whether its axis may be
+    logarithmic) of each figure] of each reference].
+    """
+    found = []
+    for target, numbers in run.groups().items():
+        panels, to = [], "" if target is None else f"to {run.lines[target][0].label}; "
+        for title, figure in report["columns"].items():
+            lines, floor = collections.defaultdict(list), None
+            for row in (report["rows"][number] for number in numbers):
+                value = row["figures"].get(title, {})
+                if row["stream"] and value:
+                    floor = value["value"]
+                elif row["speed"].get("evaluations") and value:
+                    point = row["speed"]["evaluations"], value["value"], value.get("spread", 0)
+                    lines[colours[row["name"]]].append(point)
+            if lines:
+                panels.append((f"{title}\n{to}{FIGURES[figure].better} is better", lines, floor, figure.endswith("fd")))
+        found += [panels] if panels else []
+    return found
 
 
 def draw_quality(run, report):
-    """quality.png: a panel for each figure, with one line a model."""
-    rows = [row for row in report["rows"] if row["speed"].get("evaluations") and not row["stream"]]
-    colours = dict(zip(dict.fromkeys(row["name"] for row in rows), COLOURS * len(rows), strict=False))
-    panels = {}
-    for title, figure in report["columns"].items():
-        lines = collections.defaultdict(list)
-        for row in (row for row in rows if title in row["figures"]):
-            lines[colours[row["name"]]].append((row["speed"]["evaluations"], row["figures"][title]["value"]))
-        if lines:
-            panels[f"{title}: {FIGURES[figure].better} is better"] = lines
-    width, height, font = 1000, 720, ImageFont.load_default(26)  # twice the size it is saved in
-    canvas = Image.new("RGB", (width * max(1, len(panels)), height + 44 * len(colours)), "white")
+    """quality.png: a panel for each figure, with one line a model; below each other where references differ."""
+    names = dict.fromkeys(row["name"] for row in report["rows"] if not row["stream"])
+    colours = dict(zip(names, COLOURS * len(names), strict=False))
+    found = find_panels(run, report, colours)
+    width, height, font = 1000, 760, ImageFont.load_default(26)  # twice the size it is saved in
+    columns, below = max(map(len, found), default=1), height * len(found)
+    entries = [*colours.items(), ("dashed: the reference with other noise", None)]
+    canvas = Image.new("RGB", (width * columns, below + 44 * math.ceil(len(entries) / columns) + 30), "white")
     pen = ImageDraw.Draw(canvas)
-    for index, (title, lines) in enumerate(panels.items()):
-        draw_panel(pen, (width * index + 150, 90, width * (index + 1) - 60, height - 130), title, lines, font)
-    for index, (name, colour) in enumerate(colours.items()):
-        pen.line([(150, height + 44 * index + 16), (230, height + 44 * index + 16)], colour, 4)
-        pen.text((250, height + 44 * index), name, "black", font)
+    for y, panels in enumerate(found):
+        for x, panel in enumerate(panels):
+            box = (width * x + 150, height * y + 130, width * (x + 1) - 60, height * (y + 1) - 130)
+            draw_panel(pen, box, panel, font)
+    for index, (name, colour) in enumerate(entries):
+        x, y = width * (index % columns) + 150, below + 44 * (index // columns)
+        if colour:
+            pen.line([(x, y + 16), (x + 80, y + 16)], colour, 4)
+        pen.text((x + 100 * bool(colour), y), name, "black", font)
     canvas.resize((canvas.width // 2, canvas.height // 2), Image.Resampling.LANCZOS).save(run.output / "quality.png")
 
 
@@ -1274,16 +1561,16 @@ def write_report(run, looks, references):
     report = make_report(run, tables, columns)
     write_whole(run.output / "report.json", report)
     write_markdown(run, report)
-    draw_grid(run)
+    draw_grid(run, report)
     draw_quality(run, report)
-    width = max(len(row.label) for row in run.rows)
-    print(" " * width + "".join(f"  {title:>24}" for title in columns))
-    for row, figures in zip(run.rows, tables, strict=True):
-        cells = (show(figures.get(title), figure) for title, figure in columns.items())
-        print(f"{row.label:{width}}" + "".join(f"  {cell:>24}" for cell in cells))
+    width = max(len(label_of(line)) for line in run.lines)
+    print(" " * width + "".join(f"  {title:>28}" for title in columns))
+    for line, kinds in zip(run.lines, tables, strict=True):
+        cells = (show(kinds[""].get(title), figure) for title, figure in columns.items())
+        print(f"{label_of(line):{width}}" + "".join(f"  {cell:>28}" for cell in cells))
     for line in [*run.warnings, *(f"{title} is left out: {reason}" for title, reason in run.left_out.items())]:
         print(line)
-    print(f"{run.output / 'report.md'}: {len(run.rows)} rows of {len(run.items):,} pictures")
+    print(f"{run.output / 'report.md'}: {len(run.lines)} rows of {len(run.items):,} pictures")
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -1292,6 +1579,7 @@ def main(argv=None):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, and the same pictures come of any device
     run = Evaluation(args)
     try:
         if run.state.is_main_process:
