@@ -149,18 +149,22 @@ class Schedule:
         return output, (x_t - alpha * output) / sigma
 
 
-def guided_prediction(teacher, schedule, x_t, t, c, uncond, w):
-    """The teacher's (x̂_0, ε̂), both guided (LCM §4.3): cond + w·(cond − uncond), in one batch of two halves.
+def guided_output(net, x_t, t, c, w, uncond):
+    """A network's output under classifier-free guidance: cond + w·(cond − uncond), in one batch of two halves.
 
     c is a dict of tensors (batch, …), `uncond` one of (1, …); what it lacks, such as sizes, is the images' own. With
-    `uncond` None (w = 0, or a teacher that embeds w itself) the unconditional half is not run.
+    `uncond` None (w = 0, or a network that embeds w itself) the unconditional half is not run.
     """
     if uncond is None:
-        return schedule.x0_eps(teacher(x_t, t, c, w), x_t, t)
-    x_twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
+        return net(x_t, t, c, w)
     c_twice = {name: torch.cat([value, uncond.get(name, value).expand_as(value)]) for name, value in c.items()}
-    pairs = [value.chunk(2) for value in schedule.x0_eps(teacher(x_twice, t_twice, c_twice, None), x_twice, t_twice)]
-    return [cond + w.view(-1, 1, 1, 1) * (cond - without) for cond, without in pairs]
+    cond, without = net(torch.cat([x_t, x_t]), torch.cat([t, t]), c_twice, None).chunk(2)
+    return cond + w.view(-1, 1, 1, 1) * (cond - without)
+
+
+def guided_prediction(teacher, schedule, x_t, t, c, uncond, w):
+    """The teacher's (x̂_0, ε̂), both guided (LCM §4.3), since both are linear in the output that is."""
+    return schedule.x0_eps(guided_output(teacher, x_t, t, c, w, uncond), x_t, t)
 
 
 def distance(a, b, loss_type, c):
@@ -189,15 +193,13 @@ def add_method_args(parser):
     add("--loss_type", default="l2", choices=["l2", "huber"], help="distance d")
     add("--huber_c", type=number(float, 1e-8), default=0.001, help="c in sqrt(d² + c²) − c")
     add("--timestep_scaling_factor", type=float, default=10.0, help="s in c_skip and c_out")
-    add("--unet_time_cond_proj_dim", type=number(int, 4), default=256, help="width of a whole U-Net's embedding of w")
+    add("--unet_time_cond_proj_dim", type=number(int, 4), default=256, help="width of embedded w (whole U-Net, w > 0)")
 
 
 def check_method_args(parser, args):
     """Checks the method's arguments, and fills in what depends on others."""
     if args.w_min > args.w_max:
         parser.error(f"--w_min {args.w_min} is above --w_max {args.w_max}")
-    if args.validation_guidance_scale is None:
-        args.validation_guidance_scale = (args.w_min + args.w_max) / 2 + 1
 
 
 @dataclasses.dataclass
@@ -269,7 +271,9 @@ def usage(args, embeds_w):
     if embeds_w:
         call = f"num_inference_steps=4, guidance_scale={args.validation_guidance_scale:g}"
         return call, f"It was trained on {trained}, and is told which to use; negative prompts have no effect."
-    return "num_inference_steps=4, guidance_scale=1", f"It was trained on {trained}, and is used without guidance."
+    call = f"num_inference_steps=4, guidance_scale={args.validation_student_guidance_scale:g}"
+    words = OWN_GUIDANCE if is_guided_by_user(args) else f"It was trained on {trained}, and is used without guidance."
+    return call, words
 
 
 def extra_validation(_run, _images):
@@ -284,8 +288,9 @@ def extra_validation(_run, _images):
 #   METHOD                name, papers and tag for the model card; scheduler: the class that is exported; has_teacher:
 #                         whether the loss takes one; target_drops: whether dropout masks the target's pass too
 #   DEFAULTS              of the engine's flags
-#   add_method_args       its own flags. The engine knows some of them: w_max (0: no unconditional pass), and where
-#   check_method_args     they are there unet_time_cond_proj_dim (a whole U-Net is told w), from_scratch and dropout
+#   add_method_args       its own flags. The engine knows some of them: of a method with a teacher w_min and w_max (0:
+#   check_method_args     no unconditional pass), and where they are there unet_time_cond_proj_dim (a whole U-Net is
+#                         told w), from_scratch and dropout
 #   draw                  all randomness of a step, as Draws
 #   drawn_times           the time t of each sample that was drawn
 #   consistency_loss      of each sample: a pure function of networks, latents, conditioning and draws
@@ -1213,6 +1218,10 @@ def encode_batch(run, batch, generator):
     if "pixel_values" in given:
         mean, std = encode_images(models.vae, given["pixel_values"], run.args.vae_encode_batch_size)
         c = encode_prompts(models, batch["captions"])
+        if models.zeros_for_empty:  # as encode_uncond, or what the pipeline guides from would never be trained
+            has_text = torch.tensor([caption != "" for caption in batch["captions"]])
+            has_text = has_text.to(mean.device, non_blocking=True)
+            c = {name: value * has_text.view(-1, *[1] * (value.ndim - 1)) for name, value in c.items()}
     else:
         mean, std, is_empty = given["mean"].float(), given["std"].float(), given["is_empty"]
         c = {name: torch.where(is_empty.view(-1, *[1] * (empty.ndim - 1)), empty, given[name])
@@ -2161,6 +2170,10 @@ def publish(run, patterns):
             fail(f"--push_to_hub: {first_line(error)}; the model is whole in {output}")
 
 
+OWN_GUIDANCE = ("No guidance is built in (arXiv:2405.18407): as with its teacher, guidance_scale (from 1 to 7.5) and "
+                "negative prompt are yours. Above 1 a step takes two evaluations of the network.")  # fmt: skip
+
+
 def example(run):
     """The part of the model card that says how to use the model: the method's call, and how the files are loaded."""
     args, embeds_w = run.args, bool(run.nets["student"].guidance_dim)
@@ -2183,6 +2196,9 @@ one that the optimizer moved, `*_kohya.safetensors` the EMA one for ComfyUI and 
 
 pipe = DiffusionPipeline.from_pretrained({repository})"""
         files = "`unet` is the EMA network, `unet_online` the one that the optimizer moved."
+    if not embeds_w and args.validation_student_guidance_scale > 1:
+        negative = args.validation_negative_prompt or "blurry, low quality"
+        call += f", negative_prompt={json.dumps(negative, ensure_ascii=False)}"
     if not (args.ema_decay or args.export_ema_decay):
         files = "There is no EMA of the weights: both files that hold them hold the same."
     return f"""```python
@@ -2229,7 +2245,7 @@ DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait ph
                    "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
 MOST_ROWS = 9  # of a grid; of more prompts some are drawn, from the first to the last
 LEAST_PAIRS, LEAST_SET = 8, 256  # pictures from which on a feature distance, and a Fréchet distance, says something
-LABELS = {"teacher": "teacher, guided (2 evaluations a step)", "untrained": "untrained student", "student": "student",
+LABELS = {"teacher": "teacher", "untrained": "untrained student", "student": "student",
           "target": "student, EMA (exported)"}  # fmt: skip
 
 
@@ -2289,6 +2305,7 @@ class Sampler:
         args, models = run.args, run.models
         self.run, self.chunk, self.seeds = run, chunk, args.num_validation_images
         self.prompts, self.groups = load_prompts(args)
+        self.guided = set()  # the networks that took two evaluations a step
         width, height = (side // 2 ** (len(models.vae.config.block_out_channels) - 1) for side in size)
         shape = (len(self.prompts) * self.seeds, models.vae.config.latent_channels, height, width)
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(run.accelerator.device)
@@ -2308,9 +2325,17 @@ class Sampler:
             yield self.noise[part], {name: value[part] for name, value in self.c.items()}
 
     def images(self, name, steps, stock=False):
-        """Pictures of `teacher` (guided), `untrained` (the teacher as consistency function) or one of the NETWORKS."""
+        """Pictures of `teacher`, `untrained` (the teacher as consistency function) or one of the NETWORKS.
+
+        All are guided as the pipelines do: by the embedding of a network that has one, else classifier-free.
+        """
         args, models, net = self.run.args, self.run.models, self.run.nets["teacher" if name == "untrained" else name]
-        schedule, scheduler, weight, parts = models.schedule, models.scheduler, args.validation_guidance_scale - 1, []
+        schedule, scheduler, parts = models.schedule, models.scheduler, []
+        is_teachers = name == "teacher" or net.guidance_dim
+        scale = args.validation_guidance_scale if is_teachers else args.validation_student_guidance_scale
+        if scale > 1 and not net.guidance_dim:
+            self.guided.add(name)
+            net = functools.partial(guided_output, net, uncond=self.uncond)
         if name == "teacher":  # whose steps need not lie on the trained grid
             timesteps = [round(schedule.num_train_timesteps * (1 - j / steps)) - 1 for j in range(steps)]
         else:
@@ -2318,12 +2343,11 @@ class Sampler:
             timesteps = scheduler.timesteps.tolist()
         total = math.ceil(len(self.noise) / self.chunk)
         for noise, c in tqdm(self.chunks(), f"{name}, {steps} steps", total, leave=False, delay=2, unit="batch"):
-            given = {"c": c, "w": torch.full((len(noise),), weight, device=noise.device)}
+            given = {"c": c, "w": torch.full((len(noise),), scale - 1, device=noise.device)}
             if stock:
                 x_0 = sample_stock(net, scheduler, noise, steps, args=args, **given)
             elif name == "teacher":
-                uncond = self.uncond if weight and not net.guidance_dim else None
-                guided = functools.partial(guided_prediction, net, schedule, uncond=uncond, **given)
+                guided = functools.partial(guided_prediction, net, schedule, uncond=None, **given)
                 x_0 = sample_chain(guided, schedule, noise, timesteps)
             else:
                 f = functools.partial(predict_x0, net, schedule, args=args, **given)
@@ -2475,17 +2499,22 @@ def feature_distances(looks, steps, groups, seeds):
 
 def print_fidelity(metrics, steps, sampler, args):
     """Prints tables of the PSNRs and Fréchet distances, for all prompts and for each file of them."""
-    lines = [f"To the teacher's 50 steps: deterministic chain, guidance scale {args.validation_guidance_scale:g}, "
-             f"{len(sampler.prompts)} prompts × {sampler.seeds} seeds"]  # fmt: skip
+    guided = {name for name in LABELS if ("teacher" if name == "teacher" else "student") in sampler.guided}
+    labels = LABELS | {name: f"{LABELS[name]}, guided (2 evaluations a step)" for name in guided}
+    width = max(map(len, labels.values()))
+    scale, students = args.validation_guidance_scale, args.validation_student_guidance_scale
+    own = f" (the student's {students:g})" if "student" in guided and students != scale else ""
+    lines = [f"To the teacher's 50 steps: deterministic chain, guidance scale {scale:g}{own}, {len(sampler.prompts)} "
+             f"prompts × {sampler.seeds} seeds"]  # fmt: skip
     for title, group in itertools.product(("PSNR in dB", "Fréchet distance"), ("", *sampler.groups)):
         figure, tail = "psnr" if "PSNR" in title else "fd", f"/{group}".rstrip("/")
         if f"fidelity/student_{figure}_k{steps[0]}{tail}" in metrics:
-            lines.append(f"{title + (group and f', {group}'):42}" + "".join(f"{k:8}" for k in steps))
-            for name, label in LABELS.items():
+            lines.append(f"{title + (group and f', {group}'):{width + 2}}" + "".join(f"{k:8}" for k in steps))
+            for name, label in labels.items():
                 values = [metrics[f"fidelity/{name}_{figure}_k{k}{tail}"] for k in steps]
-                lines.append(f"  {label:40}" + "".join(f"{value:8.2f}" for value in values))
+                lines.append(f"  {label:{width}}" + "".join(f"{value:8.2f}" for value in values))
             if f"fidelity/floor_{figure}{tail}" in metrics:
-                lines.append(f"  {'teacher, other noise':40}{metrics[f'fidelity/floor_{figure}{tail}']:8.2f}")
+                lines.append(f"  {'teacher, other noise':{width}}{metrics[f'fidelity/floor_{figure}{tail}']:8.2f}")
     tqdm.write("\n".join(lines))
 
 
@@ -2680,7 +2709,8 @@ def add_data_args(parser):
     add("--center_crop", action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--use_fix_crop_and_size", action="store_true", help="tell SDXL that no image was resized or cropped")
-    add("--proportion_empty_prompts", type=number(float, 0, 1), default=0.0, help="share of captions replaced by ''")
+    add("--proportion_empty_prompts", type=number(float, 0, 1), default=0.0, help="share of captions replaced by '' "
+        "(SDXL: zeros, as its pipeline); with w = 0, guidance and negative prompts stay with the user")  # fmt: skip
     add("--min_image_size", type=number(int, 0), default=0, help="skip samples whose JSON gives a smaller side")
     add("--max_pwatermark", type=float, default=0.5, help="skip samples whose JSON gives a higher pwatermark")
     add("--max_bad_samples", type=number(float, 0, 1), default=0.5, help="stop if more of 1,000 samples are broken")
@@ -2735,8 +2765,11 @@ def add_output_args(parser):
     add("--validation_steps", type=number(int, 0), default=200, help="steps between validations (0: none)")
     add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line; "
         "pictures show nine of them")  # fmt: skip
-    add("--validation_negative_prompt", default="", help="negative prompt of the teacher in validation")
-    add("--validation_guidance_scale", type=number(float, 1), help="w + 1 in validation (default: the method's)")
+    add("--validation_negative_prompt", default="", help="negative prompt in validation, of whatever is guided there")
+    add("--validation_guidance_scale", type=number(float, 1), help="w + 1 in validation (default: the middle of those "
+        "distilled; 7.5 where it stays with the user)")  # fmt: skip
+    add("--validation_student_guidance_scale", type=number(float, 1), help="of a student without an embedding of w "
+        "(default: 1, none; where guidance stays with the user, the teacher's)")  # fmt: skip
     add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")
     add("--validation_resolutions", type=sizes, help="WIDTHxHEIGHT,… of the pictures (default: --resolution)")
     add("--num_validation_images", type=number(int, 1), default=2, help="seeds for each prompt, for the "
@@ -2752,6 +2785,27 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         is_empty = action.default is None or action.default is False or action.default == ""
         return action.help if is_empty else super()._get_help_string(action)
+
+
+def is_guided_by_user(args):
+    """Whether a student learns both halves of classifier-free guidance, neither of them guided, and is then used with
+    it as the teacher is: w = 0 and a share of empty prompts (PCM, arXiv:2405.18407), or whatever a flag says.
+    """
+    may_be = METHOD.has_teacher and args.w_max == 0
+    return may_be and (args.proportion_empty_prompts > 0 or (args.validation_student_guidance_scale or 1) > 1)
+
+
+def settle_guidance(parser, args):
+    """Fills in the guidance of validation, of the teacher and of a student that its user guides."""
+    if METHOD.has_teacher and args.w_max == 0:
+        args.unet_time_cond_proj_dim = None  # nothing to tell: its pipeline can guide the student
+    is_guided = is_guided_by_user(args)
+    scale = args.validation_student_guidance_scale or (args.validation_guidance_scale or 7.5 if is_guided else 1.0)
+    if scale > 1 and not is_guided:
+        parser.error("--validation_student_guidance_scale is of a student that was trained without guidance (w = 0)")
+    args.validation_student_guidance_scale = scale
+    if args.validation_guidance_scale is None:
+        args.validation_guidance_scale = scale if scale > 1 else (args.w_min + args.w_max) / 2 + 1
 
 
 def check_args(parser, args):
@@ -2804,6 +2858,7 @@ def parse_args(argv=None):
             value = [os.path.expanduser(v) for v in value] if isinstance(value, list) else os.path.expanduser(value)
             setattr(args, name, value)
     check_method_args(parser, args)
+    settle_guidance(parser, args)
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     check_args(parser, args)
@@ -2933,6 +2988,17 @@ def make_optimizer(args, parameters, num_processes):
         fail(f"--lr_scheduler {args.lr_scheduler} with this --learning_rate: {error}")
 
 
+def check_guidance(args, student):
+    """Refuses a student that would be guided twice, and warns where neither the run nor the user can guide it."""
+    if is_guided_by_user(args) and student.guidance_dim:
+        fail("with w = 0 and --proportion_empty_prompts the user guides the student, which a U-Net that embeds w does "
+             "not allow: give a range of w to distil, or no empty prompts")  # fmt: skip
+    if METHOD.has_teacher and not (args.w_max or args.proportion_empty_prompts or student.guidance_dim):
+        logger.warning("Guidance is off (w = 0) and no prompt is emptied: the student does not learn the unconditional "
+                       "half, and is for use without guidance, which suits a teacher that has none (SDXL-Turbo). For "
+                       "one that takes guidance and negative prompts, give --proportion_empty_prompts 0.1")  # fmt: skip
+
+
 def start_run(args, accelerator):
     """Checks the inputs, loads models, data and checkpoint, and returns the Run."""
     if os.path.isfile(args.pretrained_teacher_model):
@@ -2958,10 +3024,12 @@ def start_run(args, accelerator):
     models = load_models(args, teacher, accelerator)
     optimizer, lr_scheduler = make_optimizer(args, models.student_parameters, accelerator.num_processes)
     nets, optimizer = prepare(models, args, optimizer, accelerator)
+    check_guidance(args, nets["student"])
     with lent(models.text_encoders, accelerator.device):
         has_uncond = METHOD.has_teacher and args.w_max > 0 and not nets["teacher"].guidance_dim
         uncond = encode_uncond(models, "") if has_uncond else None
         empty = find_empty(models, urls) if args.encoded_shards else {}
+        empty = {name: value * (not models.zeros_for_empty) for name, value in empty.items()}
     shapes |= {name: tuple(value.shape[1:]) for name, value in empty.items()}
     shapes["mean"] = (models.vae.config.latent_channels, 0, 0)
     rank, world_size, state = accelerator.process_index, accelerator.num_processes, checkpoint and checkpoint["stream"]

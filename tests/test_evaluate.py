@@ -492,6 +492,9 @@ def test_settings_of_a_model_card(tool, tmp_path):
     row = {"name": "a", "model": str(tmp_path), "steps": 4, "eta": "0.1", "scheduler.timestep_spacing": "trailing"}
     (found,) = tool.make_rows(row)
     assert (found.guidance_scale, found.eta, found.scheduler_options) == (1, 0.1, (("timestep_spacing", "trailing"),))
+    given = '{"validation_guidance_scale": 3, "validation_student_guidance_scale": 2}'
+    (tmp_path / "args.json").write_text(given)  # of a student that its user guides
+    assert tool.trained_settings(str(tmp_path), True) == {"guidance_scale": 2, "eta": 0}
 
 
 def test_lora_over_any_base(tool, make_teacher, prompts, shards, tmp_path):

@@ -675,7 +675,7 @@ def test_every_flag_is_read_and_none_is_lost(case):
     flags, reads = flags_of_the_script(case.path)
     assert len(flags) == len(set(flags)) and set(flags) >= {*KNOWN.split(), *KNOWN_OF[case.name].split()}
     assert not set(flags) - reads, "flags that nothing reads"
-    others = {"unet_time_cond_proj_dim", "from_scratch", "dropout", "w_max"}  # flags of some methods
+    others = {"unet_time_cond_proj_dim", "from_scratch", "dropout", "w_min", "w_max"}  # flags of some methods
     assert reads - set(flags) <= {*others, "bucketed_shards"}, "reads of no flag"
 
 

@@ -315,7 +315,7 @@ def trained_settings(source, is_lora):
     """
     if made_with := read_json(find_file(source, "args.json")):
         embeds_w = not is_lora and read_json(find_file(source, "unet/config.json")).get("time_cond_proj_dim")
-        scale = made_with.get("validation_guidance_scale", 1) if embeds_w else 1
+        scale = made_with.get(f"validation_{'' if embeds_w else 'student_'}guidance_scale", 1)
         return {"guidance_scale": scale, "eta": made_with.get("validation_eta", 0)}
     card = find_file(source, "README.md")
     calls = re.findall(r"\bpipe\w*\(.*?\)", card.read_text(encoding="utf-8", errors="replace"), re.S) if card else []
