@@ -389,6 +389,7 @@ def train_step(run):
     loss_bins = torch.zeros(2, bins, device=accelerator.device)  # sums and counts
     for micro_step in range(args.gradient_accumulation_steps):
         batch, generator = run.reader.next_batch(), step_generator(run, micro_step)
+        nets["target"].fetch(accelerator.device)  # beside the VAE's and the teacher's passes
         with accelerator.accumulate(nets["student"].unet):
             x_0, c = encode_batch(run, batch, generator)
             draws = draw(x_0, models.schedule, args, generator, run.step)
@@ -401,6 +402,7 @@ def train_step(run):
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
     grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm or math.inf)
+    rejoin()  # an average without a pass of its own may still read the weights that change now
     optimizer_step(run, grad_norm)
     update_averages(models, args)
     run.history.append(torch.cat([torch.stack([loss_sum, grad_norm]), loss_bins.flatten()]))
@@ -440,9 +442,31 @@ def update_averages(models, args):
         if not args.offload_ema:
             torch._foreach_lerp_(averages, models.student_parameters, 1 - decay)
             continue
-        for average, student in zip(averages, models.student_parameters, strict=True):
-            moved = average.to(student.device, non_blocking=True).lerp_(student, 1 - decay)
-            average.copy_(moved, non_blocking=True)  # on the host when the loss of this step is read there
+        with aside():
+            for average, student in zip(averages, models.student_parameters, strict=True):
+                moved = average.to(student.device, non_blocking=True).lerp_(student, 1 - decay)
+                average.copy_(moved, non_blocking=True)
+
+
+@functools.cache
+def second_stream():
+    """That of a GPU for copies beside its computations, in their own order; None where none is in use."""
+    return torch.cuda.Stream() if torch.cuda.is_initialized() else None
+
+
+@contextlib.contextmanager
+def aside():
+    """Puts what the GPU is given on its second stream, after all that it was given before."""
+    if stream := second_stream():
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+
+
+def rejoin(host=False):
+    """What the GPU is given next, or what the `host` does next, comes after all that was put aside."""
+    if stream := second_stream():
+        stream.synchronize() if host else torch.cuda.current_stream().wait_stream(stream)
 
 
 def train(run):
@@ -600,7 +624,17 @@ class Denoiser:
         self.dtype, self.guidance_dim = base.conv_in.weight.dtype, base.config.time_cond_proj_dim
         self.layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
         self.dropouts = [m for m in base.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
-        self.drops, self.is_offloaded = drops, is_offloaded
+        self.drops, self.is_offloaded, self.weights = drops, is_offloaded, {}
+
+    def fetch(self, device):
+        """Starts to lend the weights of one that is offloaded to the device, until its next call."""
+        if self.is_offloaded and not self.weights:
+            home = self.unet.state_dict()
+            # made, used and freed on the first stream, whose memory they are
+            self.weights = {name: torch.empty_like(value, device=device) for name, value in home.items()}
+            with aside():
+                for name, value in self.weights.items():
+                    value.copy_(home[name], non_blocking=True)
 
     def __call__(self, x_t, t, c, w):
         for layer in self.layers:  # by attribute: peft's methods would touch requires_grad, and take a while
@@ -615,7 +649,9 @@ class Denoiser:
         given, options = (x_t.to(self.dtype), t), {**self.family.inputs(c, self.dtype), **options}
         if not self.is_offloaded:
             return self.unet(*given, **options)[0].float()
-        weights = {name: value.to(x_t.device, non_blocking=True) for name, value in self.unet.state_dict().items()}
+        self.fetch(x_t.device)
+        rejoin()
+        weights, self.weights = self.weights, {}
         return torch.func.functional_call(self.unet, weights, given, options)[0].float()
 
 
@@ -1899,6 +1935,7 @@ def share(paths, like):
 def write_checkpoint(run, temporary, cursors, history, skipped):
     """Writes the files of a checkpoint and waits until they are on the disk."""
     temporary.mkdir()
+    rejoin(host=True)
     for name in chosen_networks(run.args.export_ema_decay):
         save_file(network_state(run.models, name), temporary / f"{name}.safetensors")
     torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
@@ -2063,6 +2100,7 @@ def export(run):
     output, models = Path(run.args.output_dir), run.models
     if models.adapters:
         return export_lora(run)
+    rejoin(host=True)
     models.student.save_pretrained(output / "unet_online")
     try:
         pipe = assemble(run, models.average)

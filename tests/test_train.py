@@ -34,6 +34,7 @@ from conftest import (
     differences,
     edited,
     ends_with,
+    forget_run,
     over,
     read_checkpoint,
     read_losses,
@@ -49,6 +50,8 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def run_and_kill(run, seconds=120):
@@ -183,6 +186,90 @@ def test_ema_on_the_cpu_changes_nothing(train, straight, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.func, "functional_call", lambda *given: seen.append(1) or plain(*given))
     assert_same_end(train(tmp_path, "--offload_ema"), straight)
     assert len(seen) == 4
+
+
+class Streams(TorchDispatchMode):
+    """Stands in for CUDA's streams, and for what they order: every operation is noted with the stream it is put on, and
+    must come after those of other streams that touch the same memory, by what each stream waited for (vector clocks).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.names = "main", ("main", "second")
+        self.clocks = {name: dict.fromkeys(self.names, 0) for name in (*self.names, "host")}
+        self.written, self.read, self.races, self.shared = {}, {}, [], set()
+
+    def wait(self, name, other):
+        self.clocks[name] = {key: max(value, self.clocks[other][key]) for key, value in self.clocks[name].items()}
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.now = self.now, stream.name
+        yield
+        self.now = before
+
+    def handle(self, name):
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.wait(name, other.name),
+                               synchronize=lambda: self.wait("host", name))  # fmt: skip
+
+    def touch(self, storage, writes, function):
+        clock = self.clocks[self.now]
+        before = [self.written.get(storage), *(self.read.get(storage, {}).items() if writes else ())]
+        for name, time in filter(None, before):
+            self.shared.add(storage) if name != self.now else None
+            if clock[name] < time:
+                self.races.append(f"{function} on {self.now}")
+        if writes:
+            self.written[storage], self.read[storage] = (self.now, clock[self.now]), {}
+        else:
+            self.read.setdefault(storage, {})[self.now] = clock[self.now]
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function.is_view or function is torch.ops.aten.empty_like.default:  # which touch no memory
+            return result
+        self.clocks[self.now][self.now] += 1
+        known = set()
+        for argument, value in [
+            *zip(function._schema.arguments, args, strict=False),
+            *((a, kwargs[a.name]) for a in function._schema.arguments if a.name in kwargs),
+        ]:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in tree_leaves(value):
+                if torch.is_tensor(tensor) and tensor.numel():
+                    known.add(tensor.untyped_storage()._cdata)
+                    self.touch(tensor.untyped_storage()._cdata, writes, function)
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and (storage := tensor.untyped_storage()._cdata) not in known:
+                self.written[storage], self.read[storage] = (self.now, self.clocks[self.now][self.now]), {}
+        return result
+
+
+@pytest.mark.parametrize("flags", [["--ema_decay", "0.5"], ["--ema_decay", "0", "--export_ema_decay", "0.5"],
+                                   ["--export_ema_decay", "0.5", "--gradient_accumulation_steps", "2"]])  # fmt: skip
+@pytest.mark.parametrize("spoilt", [None, "rejoin", "aside"])
+def test_copies_on_the_second_stream_are_in_order(lcm, tiny, shards, tmp_path, monkeypatch, flags, spoilt):
+    """Copies of offloaded averages race with nothing; without either way of waiting they would, which the test sees."""
+    forget_run()
+    args = lcm.parse_args(tiny_args(tiny, shards, tmp_path, "--offload_ema", *flags))
+    run = lcm.start_run(args, lcm.make_accelerator(args))
+    streams = Streams()
+    monkeypatch.setattr(lcm, "second_stream", lambda: streams.handle("second"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams.handle(streams.now))
+    monkeypatch.setattr(torch.cuda, "stream", streams.stream)
+    if spoilt == "rejoin":
+        monkeypatch.setattr(lcm, "rejoin", lambda **_: None)
+    elif spoilt:
+        monkeypatch.setattr(lcm, "aside", lambda: streams.stream(streams.handle("second")))
+    with streams:
+        for run.step in range(3):
+            lcm.train_step(run)
+    run.reader.close()
+    assert bool(streams.races) == bool(spoilt), streams.races
+    assert streams.shared and not run.nets["target"].weights
+    lcm.export(run)
+    assert spoilt == "rejoin" or streams.clocks["host"]["second"] == streams.clocks["second"]["second"] > 0
 
 
 def test_accelerates_own_accumulation_does_not_win_over_the_flag(train, straight, tmp_path, monkeypatch):
