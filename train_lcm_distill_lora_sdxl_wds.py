@@ -54,10 +54,12 @@ import select
 import shlex
 import shutil
 import signal
+import sys
 import tarfile
 import tempfile
 import textwrap
 import time
+import traceback
 import urllib.parse
 import warnings
 from collections import Counter, deque
@@ -469,6 +471,7 @@ def train(run):
             save_checkpoint(run)
         if stop:
             progress.close()
+            accelerator.end_training()
             logger.warning("Stopped by signal %d; go on with --resume_from_checkpoint latest", stop)
             raise SystemExit(128 + int(stop))
         if args.validation_steps and (run.step % args.validation_steps == 0 or is_last):
@@ -2952,6 +2955,15 @@ def start_trackers(args, accelerator):
         fail(f"--report_to {args.report_to} cannot start: {first_line(error)}")
 
 
+def leave(error):
+    """Ends one of several processes after an error, without NCCL's farewell: it may wait for those that wait for this
+    process, which then never ends and says nothing. As it is, the launcher sees that it has ended, and ends the others.
+    """
+    is_told = isinstance(error, SystemExit)
+    print(error if is_told else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_environment(args)
@@ -2974,14 +2986,16 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         fail(f"out of device memory: {first_line(error)} Try {', '.join(memory_savers(args))}")
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        fail(f"a loader worker died: {error}; is there enough memory? go on with --resume_from_checkpoint latest")
+        if "DataLoader worker" in str(error):
+            fail(f"a loader worker died: {error}; is there enough memory? go on with --resume_from_checkpoint latest")
+        if "by peer" in str(error):  # as gloo says that a connection was closed or reset
+            fail("another process of this run has ended: see its error, and go on with --resume_from_checkpoint latest")
+        raise
     finally:
         if run:
             run.reader.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if accelerator.num_processes > 1 and torch.distributed.is_initialized():  # which end_training would have ended
+            leave(sys.exc_info()[1])
 
 
 if __name__ == "__main__":

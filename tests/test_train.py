@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -215,9 +216,9 @@ class Streams(TorchDispatchMode):
     def touch(self, storage, writes, function):
         clock = self.clocks[self.now]
         before = [self.written.get(storage), *(self.read.get(storage, {}).items() if writes else ())]
-        for name, time in filter(None, before):
+        for name, when in filter(None, before):
             self.shared.add(storage) if name != self.now else None
-            if clock[name] < time:
+            if clock[name] < when:
                 self.races.append(f"{function} on {self.now}")
         if writes:
             self.written[storage], self.read[storage] = (self.now, clock[self.now]), {}
@@ -456,6 +457,51 @@ def test_two_processes(case, teacher, shards, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- faults
+
+
+def fail_alone(script):
+    """Spoils a script: its second process has an error in its second step. NCCL, which would wait for the other process
+    when the group is destroyed, is played by a wait without end.
+    """
+    plain = script.train_step
+
+    def train_step(run):
+        if run.step == 1 and run.accelerator.process_index == 1:
+            torch.distributed.destroy_process_group = lambda *_: time.sleep(3600)
+            script.fail("a fault of the second process alone")
+        plain(run)
+
+    script.train_step = train_step
+
+
+@over([LCM])
+def test_a_process_that_fails_ends_and_ends_the_other(case, teacher, shards, tmp_path, capfd):
+    start = time.monotonic()
+    run_two(case.name, tiny_args(teacher, shards, tmp_path, *case.flags), fail_alone, (1, 1))
+    lines = re.findall("error: .*|Traceback", capfd.readouterr().err)  # the first follows the bar of the steps
+    assert sorted(lines) == ["error: a fault of the second process alone",
+                             "error: another process of this run has ended: see its error, and go on with "
+                             "--resume_from_checkpoint latest"]  # fmt: skip
+    assert time.monotonic() - start < 100
+
+
+@over([LCM])
+def test_two_processes_stop_together(case, teacher, shards, tmp_path, capfd):
+    """A signal to one of two ends both by the same step, with a checkpoint, and with the group destroyed."""
+
+    def spoil(script):
+        plain, leave = script.train_step, script.leave
+
+        def train_step(run):
+            if run.step == 1 and run.accelerator.process_index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            plain(run)
+
+        script.train_step, script.leave = train_step, lambda error: (print("left"), leave(error))
+
+    run_two(case.name, tiny_args(teacher, shards, tmp_path, *case.flags), spoil, (143, 143))
+    assert "left" not in capfd.readouterr().out
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
 
 
 SIGNALS = [pytest.param(signal.SIGTERM, 143, id="SIGTERM"), pytest.param(signal.SIGINT, 130, id="SIGINT")]
