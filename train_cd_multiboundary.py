@@ -2762,6 +2762,18 @@ def check_args(parser, args):
         parser.error("--base_precision quantises the base of a LoRA: give --lora_rank too")
 
 
+def name_idle_flags(parser, args):
+    """Warns of flags that are given, and do nothing beside the others."""
+    adafactor = args.optimizer == "adafactor" and "--optimizer adafactor"
+    idle = {"lr_warmup_steps": args.lr_scheduler == "constant" and "--lr_scheduler constant",
+            "adam_beta1": adafactor, "adam_beta2": adafactor,
+            "adam_epsilon": adafactor or args.optimizer == "lion8bit" and "--optimizer lion8bit",
+            "unet_time_cond_proj_dim": args.lora_rank and "a LoRA"}  # fmt: skip
+    for flag, other in idle.items():
+        if other and getattr(args, flag) != parser.get_default(flag):
+            logger.warning("--%s is not used with %s", flag, other)
+
+
 def parse_args(argv=None):
     """Reads the command line and refuses what can be known to be wrong without opening a file."""
     formatter = functools.partial(HelpFormatter, max_help_position=44, width=120)
@@ -2793,6 +2805,7 @@ def parse_args(argv=None):
     check_args(parser, args)
     if args.use_8bit_adam:
         args.optimizer = "adamw8bit"
+    name_idle_flags(parser, args)
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.lora_rank else 8e-6
     if args.init_from and args.lora_rank:
