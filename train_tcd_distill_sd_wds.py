@@ -54,12 +54,15 @@ import select
 import shlex
 import shutil
 import signal
+import sys
 import tarfile
 import tempfile
 import textwrap
 import time
+import traceback
 import urllib.parse
 import warnings
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -371,6 +374,7 @@ def train_step(run):
     loss_bins = torch.zeros(2, bins, device=accelerator.device)  # sums and counts
     for micro_step in range(args.gradient_accumulation_steps):
         batch, generator = run.reader.next_batch(), step_generator(run, micro_step)
+        nets["target"].fetch(accelerator.device)  # beside the VAE's and the teacher's passes
         with accelerator.accumulate(nets["student"].unet):
             x_0, c = encode_batch(run, batch, generator)
             draws = draw(x_0, models.schedule, args, generator, run.step)
@@ -383,6 +387,7 @@ def train_step(run):
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
     grad_norm = accelerator.clip_grad_norm_(models.student_parameters, args.max_grad_norm or math.inf)
+    rejoin()  # an average without a pass of its own may still read the weights that change now
     optimizer_step(run, grad_norm)
     update_averages(models, args)
     run.history.append(torch.cat([torch.stack([loss_sum, grad_norm]), loss_bins.flatten()]))
@@ -422,9 +427,31 @@ def update_averages(models, args):
         if not args.offload_ema:
             torch._foreach_lerp_(averages, models.student_parameters, 1 - decay)
             continue
-        for average, student in zip(averages, models.student_parameters, strict=True):
-            moved = average.to(student.device, non_blocking=True).lerp_(student, 1 - decay)
-            average.copy_(moved, non_blocking=True)  # on the host when the loss of this step is read there
+        with aside():
+            for average, student in zip(averages, models.student_parameters, strict=True):
+                moved = average.to(student.device, non_blocking=True).lerp_(student, 1 - decay)
+                average.copy_(moved, non_blocking=True)
+
+
+@functools.cache
+def second_stream():
+    """That of a GPU for copies beside its computations, in their own order; None where none is in use."""
+    return torch.cuda.Stream() if torch.cuda.is_initialized() else None
+
+
+@contextlib.contextmanager
+def aside():
+    """Puts what the GPU is given on its second stream, after all that it was given before."""
+    if stream := second_stream():
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+
+
+def rejoin(host=False):
+    """What the GPU is given next, or what the `host` does next, comes after all that was put aside."""
+    if stream := second_stream():
+        stream.synchronize() if host else torch.cuda.current_stream().wait_stream(stream)
 
 
 def train(run):
@@ -450,6 +477,7 @@ def train(run):
             save_checkpoint(run)
         if stop:
             progress.close()
+            accelerator.end_training()
             logger.warning("Stopped by signal %d; go on with --resume_from_checkpoint latest", stop)
             raise SystemExit(128 + int(stop))
         if args.validation_steps and (run.step % args.validation_steps == 0 or is_last):
@@ -582,7 +610,17 @@ class Denoiser:
         self.dtype, self.guidance_dim = base.conv_in.weight.dtype, base.config.time_cond_proj_dim
         self.layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
         self.dropouts = [m for m in base.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
-        self.drops, self.is_offloaded = drops, is_offloaded
+        self.drops, self.is_offloaded, self.weights = drops, is_offloaded, {}
+
+    def fetch(self, device):
+        """Starts to lend the weights of one that is offloaded to the device, until its next call."""
+        if self.is_offloaded and not self.weights:
+            home = self.unet.state_dict()
+            # made, used and freed on the first stream, whose memory they are
+            self.weights = {name: torch.empty_like(value, device=device) for name, value in home.items()}
+            with aside():
+                for name, value in self.weights.items():
+                    value.copy_(home[name], non_blocking=True)
 
     def __call__(self, x_t, t, c, w):
         for layer in self.layers:  # by attribute: peft's methods would touch requires_grad, and take a while
@@ -597,7 +635,9 @@ class Denoiser:
         given, options = (x_t.to(self.dtype), t), {**self.family.inputs(c, self.dtype), **options}
         if not self.is_offloaded:
             return self.unet(*given, **options)[0].float()
-        weights = {name: value.to(x_t.device, non_blocking=True) for name, value in self.unet.state_dict().items()}
+        self.fetch(x_t.device)
+        rejoin()
+        weights, self.weights = self.weights, {}
         return torch.func.functional_call(self.unet, weights, given, options)[0].float()
 
 
@@ -1378,21 +1418,25 @@ def shuffled(samples, size, rng):
 def strip_metadata(data):
     """An image's bytes without the metadata that a decoder may stumble over, though the pixels are fine.
 
-    Kept are the chunks of a PNG or WebP that say how pixels are to be read, and a JPEG's JFIF, EXIF and Adobe segments.
+    Kept are the chunks of a PNG or WebP that say how pixels are to be read, and a JPEG's JFIF, EXIF and Adobe segments,
+    but those that are damaged or too short, which libpng and libjpeg pass over, too.
     """
     kept = []
     if data.startswith(b"\xff\xd8"):
-        place = 2
+        place, least = 2, {0xE0: 18, 0xE1: 4, 0xEE: 16}
         while data[place : place + 1] == b"\xff" and data[place + 1] != 0xDA:  # until the scan begins
             segment = data[place : place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")]
             is_metadata = segment[1] == 0xFE or 0xE0 <= segment[1] <= 0xEF
-            kept += [segment] if not is_metadata or segment[1] in (0xE0, 0xE1, 0xEE) else []
+            kept += [segment] if not is_metadata or len(segment) >= least.get(segment[1], math.inf) else []
             place += len(segment)
         return b"".join([data[:2], *kept, data[place:]])
     if data.startswith(b"\x89PNG"):
         place, header = 8, 12  # a chunk's name, at 4, begins with a capital where no decoder may pass over it
+        least = {b"eXIf": 0, b"tRNS": {b"\0": 2, b"\2": 6}.get(data[25:26], 1)}  # bytes of a grey level, a colour
         while chunk := data[place : place + header + int.from_bytes(data[place : place + 4], "big")]:
-            kept += [chunk] if chunk[4:5].isupper() or chunk[4:8] in (b"tRNS", b"eXIf") else []
+            is_sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+            is_used = is_sound and len(chunk) - header >= least.get(chunk[4:8], math.inf)
+            kept += [chunk] if is_used or chunk[4:5].isupper() else []
             place += len(chunk)
         return b"".join([data[:8], *kept])
     place = 12
@@ -1885,6 +1929,7 @@ def share(paths, like):
 def write_checkpoint(run, temporary, cursors, history, skipped):
     """Writes the files of a checkpoint and waits until they are on the disk."""
     temporary.mkdir()
+    rejoin(host=True)
     for name in chosen_networks(run.args.export_ema_decay):
         save_file(network_state(run.models, name), temporary / f"{name}.safetensors")
     torch.save(run.optimizer.optimizer.state_dict(), temporary / "optimizer.pt")
@@ -2056,6 +2101,7 @@ def export(run):
     output, models = Path(run.args.output_dir), run.models
     if models.adapters:
         return export_lora(run)
+    rejoin(host=True)
     models.student.save_pretrained(output / "unet_online")
     try:
         pipe = assemble(run, models.average)
@@ -2832,6 +2878,18 @@ def check_args(parser, args):
         parser.error("--base_precision quantises the base of a LoRA: give --lora_rank too")
 
 
+def name_idle_flags(parser, args):
+    """Warns of flags that are given, and do nothing beside the others."""
+    adafactor = args.optimizer == "adafactor" and "--optimizer adafactor"
+    idle = {"lr_warmup_steps": args.lr_scheduler == "constant" and "--lr_scheduler constant",
+            "adam_beta1": adafactor, "adam_beta2": adafactor,
+            "adam_epsilon": adafactor or args.optimizer == "lion8bit" and "--optimizer lion8bit",
+            "unet_time_cond_proj_dim": args.lora_rank and "a LoRA"}  # fmt: skip
+    for flag, other in idle.items():
+        if other and getattr(args, flag) != parser.get_default(flag):
+            logger.warning("--%s is not used with %s", flag, other)
+
+
 def parse_args(argv=None):
     """Reads the command line and refuses what can be known to be wrong without opening a file."""
     formatter = functools.partial(HelpFormatter, max_help_position=44, width=120)
@@ -2864,6 +2922,7 @@ def parse_args(argv=None):
     check_args(parser, args)
     if args.use_8bit_adam:
         args.optimizer = "adamw8bit"
+    name_idle_flags(parser, args)
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.lora_rank else 8e-6
     if args.init_from and args.lora_rank:
@@ -3070,6 +3129,15 @@ def start_trackers(args, accelerator):
         fail(f"--report_to {args.report_to} cannot start: {first_line(error)}")
 
 
+def leave(error):
+    """Ends one of several processes after an error, without NCCL's farewell: it may wait for those that wait for this
+    process, which then never ends and says nothing. As it is, the launcher sees that it has ended, and ends the others.
+    """
+    is_told = isinstance(error, SystemExit)
+    print(error if is_told else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_environment(args)
@@ -3092,14 +3160,16 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         fail(f"out of device memory: {first_line(error)} Try {', '.join(memory_savers(args))}")
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        fail(f"a loader worker died: {error}; is there enough memory? go on with --resume_from_checkpoint latest")
+        if "DataLoader worker" in str(error):
+            fail(f"a loader worker died: {error}; is there enough memory? go on with --resume_from_checkpoint latest")
+        if "by peer" in str(error):  # as gloo says that a connection was closed or reset
+            fail("another process of this run has ended: see its error, and go on with --resume_from_checkpoint latest")
+        raise
     finally:
         if run:
             run.reader.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if accelerator.num_processes > 1 and torch.distributed.is_initialized():  # which end_training would have ended
+            leave(sys.exc_info()[1])
 
 
 if __name__ == "__main__":

@@ -331,22 +331,23 @@ def watch_the_end(script):
     script.train = train
 
 
-def run_rank(name, arguments, environment):
+def run_rank(name, arguments, environment, spoil):
     """A run as torchrun would start it, in a fork of this process, which has imported everything."""
     renew_threads()
     os.environ.update(environment)
+    spoil(get_script(name))
     watch_the_end(get_script(name))
     run_main(get_script(name), arguments)
 
 
-def run_two(name, arguments):
-    """Runs a script in two processes that train together."""
+def run_two(name, arguments, spoil=lambda script: None, wanted=(0, 0)):  # noqa: ARG005
+    """Runs a script, spoilt by a function, in two processes that train together and end with the `wanted` statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [FORK.Process(target=run_rank, args=(name, arguments, {**common, "RANK": rank, "LOCAL_RANK": rank}))
-             for rank in ("0", "1")]  # fmt: skip
+    ranks = [FORK.Process(target=run_rank, args=(name, arguments, {**common, "RANK": rank, "LOCAL_RANK": rank},
+                                                  spoil)) for rank in ("0", "1")]  # fmt: skip
     for process in ranks:
         process.start()
     for process in ranks:
@@ -354,7 +355,7 @@ def run_two(name, arguments):
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
-    assert codes == [0, 0]
+    assert codes == [*wanted]
 
 
 @pytest.fixture

@@ -41,6 +41,19 @@ def test_what_is_not_utf8_is_refused_at_the_start(lcm, flag, capsys):
     assert f"{flag} is not in UTF-8" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("flags", "idle", "other"), [
+    ("--lr_scheduler constant --lr_warmup_steps 10", "lr_warmup_steps", "--lr_scheduler constant"),
+    ("--lr_scheduler linear --lr_warmup_steps 10 --adam_beta1 0.5 --unet_time_cond_proj_dim 64", "", ""),
+    ("--optimizer adafactor --adam_beta1 0.5 --adam_epsilon 1e-6", "adam_beta1 adam_epsilon", "--optimizer adafactor"),
+    ("--optimizer lion8bit --adam_beta2 0.9 --adam_epsilon 1e-6", "adam_epsilon", "--optimizer lion8bit"),
+    ("--lora_rank 4 --unet_time_cond_proj_dim 64", "unet_time_cond_proj_dim", "a LoRA"),
+    ("--optimizer adafactor --lora_rank 4 --lr_scheduler constant", "", ""),
+])  # fmt: skip
+def test_flags_that_do_nothing_are_named(lcm, flags, idle, other, caplog):
+    lcm.parse_args([*MINIMAL, *flags.split()])
+    assert log_of(caplog).splitlines() == [f"--{flag} is not used with {other}" for flag in idle.split()]
+
+
 # -------------------------------------------------------------------------------------------------------- environment
 
 

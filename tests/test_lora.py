@@ -22,6 +22,7 @@ from conftest import (
     tiny_args,
 )
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -274,6 +275,24 @@ def test_no_dropout_before_the_first_training_step(case, start):
         run.nets["target"](*inputs(case))
     dropouts = [module for module in run.models.student.modules() if isinstance(module, torch.nn.Dropout) and module.p]
     assert len(dropouts) > 40 and not [module for module in dropouts if module.training]
+
+
+def test_a_step_switches_by_attribute(script, start, monkeypatch):
+    """Neither train() nor peft's methods walk through the modules: 140 ms for SDXL, where the attributes take 4."""
+    run, calls = start("--lora_dropout", "0.5"), []
+    for owner, name in (
+        (torch.nn.Module, "train"),
+        (BaseTunerLayer, "set_adapter"),
+        (BaseTunerLayer, "enable_adapters"),
+    ):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, plain=plain: (calls.append(plain), plain(*args))[1])
+    script.train_step(run)
+    assert not calls
+    run.models.student.set_adapter("default")
+    run.models.student.eval()
+    assert len(calls) > 100
+    run.reader.close()
 
 
 RESUMED = [["--lora_dropout", "0.3", "--gradient_checkpointing"], ["--ema_decay", "0"],

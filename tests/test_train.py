@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,8 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def run_and_kill(run, seconds=120):
@@ -184,6 +187,90 @@ def test_ema_on_the_cpu_changes_nothing(train, straight, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.func, "functional_call", lambda *given: seen.append(1) or plain(*given))
     assert_same_end(train(tmp_path, "--offload_ema"), straight)
     assert len(seen) == 4
+
+
+class Streams(TorchDispatchMode):
+    """Stands in for CUDA's streams, and for what they order: every operation is noted with the stream it is put on, and
+    must come after those of other streams that touch the same memory, by what each stream waited for (vector clocks).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.names = "main", ("main", "second")
+        self.clocks = {name: dict.fromkeys(self.names, 0) for name in (*self.names, "host")}
+        self.written, self.read, self.races, self.shared = {}, {}, [], set()
+
+    def wait(self, name, other):
+        self.clocks[name] = {key: max(value, self.clocks[other][key]) for key, value in self.clocks[name].items()}
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.now = self.now, stream.name
+        yield
+        self.now = before
+
+    def handle(self, name):
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.wait(name, other.name),
+                               synchronize=lambda: self.wait("host", name))  # fmt: skip
+
+    def touch(self, storage, writes, function):
+        clock = self.clocks[self.now]
+        before = [self.written.get(storage), *(self.read.get(storage, {}).items() if writes else ())]
+        for name, when in filter(None, before):
+            self.shared.add(storage) if name != self.now else None
+            if clock[name] < when:
+                self.races.append(f"{function} on {self.now}")
+        if writes:
+            self.written[storage], self.read[storage] = (self.now, clock[self.now]), {}
+        else:
+            self.read.setdefault(storage, {})[self.now] = clock[self.now]
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function.is_view or function is torch.ops.aten.empty_like.default:  # which touch no memory
+            return result
+        self.clocks[self.now][self.now] += 1
+        known = set()
+        for argument, value in [
+            *zip(function._schema.arguments, args, strict=False),
+            *((a, kwargs[a.name]) for a in function._schema.arguments if a.name in kwargs),
+        ]:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in tree_leaves(value):
+                if torch.is_tensor(tensor) and tensor.numel():
+                    known.add(tensor.untyped_storage()._cdata)
+                    self.touch(tensor.untyped_storage()._cdata, writes, function)
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and (storage := tensor.untyped_storage()._cdata) not in known:
+                self.written[storage], self.read[storage] = (self.now, self.clocks[self.now][self.now]), {}
+        return result
+
+
+@pytest.mark.parametrize("flags", [["--ema_decay", "0.5"], ["--ema_decay", "0", "--export_ema_decay", "0.5"],
+                                   ["--export_ema_decay", "0.5", "--gradient_accumulation_steps", "2"]])  # fmt: skip
+@pytest.mark.parametrize("spoilt", [None, "rejoin", "aside"])
+def test_copies_on_the_second_stream_are_in_order(lcm, tiny, shards, tmp_path, monkeypatch, flags, spoilt):
+    """Copies of offloaded averages race with nothing; without either way of waiting they would, which the test sees."""
+    forget_run()
+    args = lcm.parse_args(tiny_args(tiny, shards, tmp_path, "--offload_ema", *flags))
+    run = lcm.start_run(args, lcm.make_accelerator(args))
+    streams = Streams()
+    monkeypatch.setattr(lcm, "second_stream", lambda: streams.handle("second"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams.handle(streams.now))
+    monkeypatch.setattr(torch.cuda, "stream", streams.stream)
+    if spoilt == "rejoin":
+        monkeypatch.setattr(lcm, "rejoin", lambda **_: None)
+    elif spoilt:
+        monkeypatch.setattr(lcm, "aside", lambda: streams.stream(streams.handle("second")))
+    with streams:
+        for run.step in range(3):
+            lcm.train_step(run)
+    run.reader.close()
+    assert bool(streams.races) == bool(spoilt), streams.races
+    assert streams.shared and not run.nets["target"].weights
+    lcm.export(run)
+    assert spoilt == "rejoin" or streams.clocks["host"]["second"] == streams.clocks["second"]["second"] > 0
 
 
 def test_accelerates_own_accumulation_does_not_win_over_the_flag(train, straight, tmp_path, monkeypatch):
@@ -416,6 +503,51 @@ def test_two_processes(case, teacher, shards, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- faults
+
+
+def fail_alone(script):
+    """Spoils a script: its second process has an error in its second step. NCCL, which would wait for the other process
+    when the group is destroyed, is played by a wait without end.
+    """
+    plain = script.train_step
+
+    def train_step(run):
+        if run.step == 1 and run.accelerator.process_index == 1:
+            torch.distributed.destroy_process_group = lambda *_: time.sleep(3600)
+            script.fail("a fault of the second process alone")
+        plain(run)
+
+    script.train_step = train_step
+
+
+@over([LCM])
+def test_a_process_that_fails_ends_and_ends_the_other(case, teacher, shards, tmp_path, capfd):
+    start = time.monotonic()
+    run_two(case.name, tiny_args(teacher, shards, tmp_path, *case.flags), fail_alone, (1, 1))
+    lines = re.findall("error: .*|Traceback", capfd.readouterr().err)  # the first follows the bar of the steps
+    assert sorted(lines) == ["error: a fault of the second process alone",
+                             "error: another process of this run has ended: see its error, and go on with "
+                             "--resume_from_checkpoint latest"]  # fmt: skip
+    assert time.monotonic() - start < 100
+
+
+@over([LCM])
+def test_two_processes_stop_together(case, teacher, shards, tmp_path, capfd):
+    """A signal to one of two ends both by the same step, with a checkpoint, and with the group destroyed."""
+
+    def spoil(script):
+        plain, leave = script.train_step, script.leave
+
+        def train_step(run):
+            if run.step == 1 and run.accelerator.process_index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            plain(run)
+
+        script.train_step, script.leave = train_step, lambda error: (print("left"), leave(error))
+
+    run_two(case.name, tiny_args(teacher, shards, tmp_path, *case.flags), spoil, (143, 143))
+    assert "left" not in capfd.readouterr().out
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
 
 
 SIGNALS = [pytest.param(signal.SIGTERM, 143, id="SIGTERM"), pytest.param(signal.SIGINT, 130, id="SIGINT")]

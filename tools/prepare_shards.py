@@ -50,6 +50,7 @@ import textwrap
 import time
 import unicodedata
 import urllib.parse
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -395,21 +396,25 @@ def read_shard(url, timeout, tries=3):
 def strip_metadata(data):
     """An image's bytes without the metadata that a decoder may stumble over, though the pixels are fine.
 
-    Kept are the chunks of a PNG or WebP that say how pixels are to be read, and a JPEG's JFIF, EXIF and Adobe segments.
+    Kept are the chunks of a PNG or WebP that say how pixels are to be read, and a JPEG's JFIF, EXIF and Adobe segments,
+    but those that are damaged or too short, which libpng and libjpeg pass over, too.
     """
     kept = []
     if data.startswith(b"\xff\xd8"):
-        place = 2
+        place, least = 2, {0xE0: 18, 0xE1: 4, 0xEE: 16}
         while data[place : place + 1] == b"\xff" and data[place + 1] != 0xDA:  # until the scan begins
             segment = data[place : place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")]
             is_metadata = segment[1] == 0xFE or 0xE0 <= segment[1] <= 0xEF
-            kept += [segment] if not is_metadata or segment[1] in (0xE0, 0xE1, 0xEE) else []
+            kept += [segment] if not is_metadata or len(segment) >= least.get(segment[1], math.inf) else []
             place += len(segment)
         return b"".join([data[:2], *kept, data[place:]])
     if data.startswith(b"\x89PNG"):
         place, header = 8, 12  # a chunk's name, at 4, begins with a capital where no decoder may pass over it
+        least = {b"eXIf": 0, b"tRNS": {b"\0": 2, b"\2": 6}.get(data[25:26], 1)}  # bytes of a grey level, a colour
         while chunk := data[place : place + header + int.from_bytes(data[place : place + 4], "big")]:
-            kept += [chunk] if chunk[4:5].isupper() or chunk[4:8] in (b"tRNS", b"eXIf") else []
+            is_sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+            is_used = is_sound and len(chunk) - header >= least.get(chunk[4:8], math.inf)
+            kept += [chunk] if is_used or chunk[4:5].isupper() else []
             place += len(chunk)
         return b"".join([data[:8], *kept])
     place = 12
