@@ -410,7 +410,6 @@ def optimizer_step(run, grad_norm):
         optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
     if optimizer.defaults.get("fused") or has_scaler or not is_bad:
         run.optimizer.step()
-    run.skipped_steps += has_scaler and run.optimizer.step_was_skipped
     run.optimizer.zero_grad()
     run.lr_scheduler.step()
 
@@ -2653,6 +2652,8 @@ def log_metrics(run, clock, progress):
             fail("ten steps in a row had a non-finite loss; try bf16 instead of fp16, a lower --learning_rate, and a "
                  "VAE that does not overflow in fp16 (--pretrained_vae_model_name_or_path)")  # fmt: skip
     scale = accelerator.scaler.get_scale() if accelerator.scaler else None
+    if scale is not None:  # accelerate's step_was_skipped does not see what a fused optimizer skips on the device
+        run.skipped_steps += (~grad_norms.isfinite()).sum().item()
     if scale is not None and scale < 2**-10:  # halved 26 times without a step that went well
         fail(f"fp16's gradients overflow at a scale of {scale:.1e}: nothing is learnt any more; try bf16, a lower "
              "--learning_rate, or a VAE that does not overflow (--pretrained_vae_model_name_or_path)")  # fmt: skip

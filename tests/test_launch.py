@@ -178,17 +178,22 @@ def test_a_scale_that_collapses_ends_the_run(lcm, start):
 
 
 def test_steps_that_the_scaler_skips_are_counted(lcm, start):
-    """accelerate's wrapper says after a step whether the scaler skipped it; here a stand-in does."""
+    """By their gradients: a fused optimizer is called in any case, and skips on the device. The scaler is a stand-in."""
     run = start()
-    plain = SimpleNamespace(defaults={"fused": True})
-    run.optimizer = SimpleNamespace(optimizer=plain, step=lambda: None, zero_grad=lambda: None, step_was_skipped=True)
-    run.lr_scheduler = SimpleNamespace(step=lambda: None)
-    lcm.optimizer_step(run, torch.tensor(1.0))
-    assert run.skipped_steps == 0  # there is no scaler
-    run.accelerator.scaler = object()
-    for _ in range(2):
-        lcm.optimizer_step(run, torch.tensor(torch.inf))
-    assert run.skipped_steps == 2 and "skipped_steps" in lcm.COUNTERS
+    progress, clock = SimpleNamespace(set_postfix_str=lambda _: None), {"time": 0.0, "step": 0}
+    losses_and_norms = torch.tensor([[1.0, 2.0], [1.0, torch.inf], [1.0, torch.nan]])
+    run.history, run.step = list(losses_and_norms), 3
+    lcm.log_metrics(run, clock, progress)
+    line = read_metrics(run.args.output_dir)[-1]
+    assert "skipped_steps" not in line and line["nonfinite_steps"] == 2  # there is no scaler
+    run.accelerator.scaler = SimpleNamespace(get_scale=lambda: 2.0**16)
+    for seen in (2, 4):
+        run.history, run.step = list(losses_and_norms), run.step + 3
+        lcm.log_metrics(run, clock, progress)
+        line = read_metrics(run.args.output_dir)[-1]
+        assert line["skipped_steps"] == seen and line["nonfinite_steps"] == 2
+        assert line["loss"] == 1 and line["grad_norm"] == 2
+    assert "skipped_steps" in lcm.COUNTERS
     run.reader.close()
 
 
