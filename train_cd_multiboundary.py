@@ -30,7 +30,7 @@ evaluations a step for them. That is the controllable form of PCM (arXiv:2405.18
 A1111. Fewer boundaries are learnt best from a student of more of them (the idea of TSCD, arXiv:2404.13686):
 --init_from=cd4-sd15 --num_boundaries=2. `fidelity/*` in metrics.jsonl tells early whether the student follows its
 teacher. A run that was stopped goes on with `--resume_from_checkpoint=latest`, and ends in the very weights of a run
-that was not.
+that was not (on a GPU with --deterministic).
 
 The method ends at the banner "the engine"; below it all six scripts are the same.
 """

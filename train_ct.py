@@ -35,7 +35,7 @@ Launch with
 A1111. In metrics.jsonl `trajectory_gap`, on the starting model's trajectories, and
 `consistency_gap`, on noising paths, tell whether f becomes consistent; `fidelity/*` compares with the model that the
 run started from, as a reference. A run that was stopped goes on with `--resume_from_checkpoint=latest`, and ends in the
-very weights of a run that was not.
+very weights of a run that was not (on a GPU with --deterministic).
 
 The method ends at the banner "the engine"; below it all six scripts are the same.
 """

@@ -26,7 +26,7 @@ mean over [w_min, w_max], and is used without guidance. With --lora_rank=0 the w
 `output_dir` then holds `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`, the same for ComfyUI and A1111
 (`*_kohya.safetensors`), and a matching LCMScheduler. `fidelity/*` in metrics.jsonl tells early whether the student
 follows its teacher. A run that was stopped goes on with `--resume_from_checkpoint=latest`, and ends in the very weights
-of a run that was not.
+of a run that was not (on a GPU with --deterministic).
 
 The method ends at the banner "the engine"; below it all six scripts are the same.
 """

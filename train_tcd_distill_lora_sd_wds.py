@@ -28,7 +28,7 @@ and negative prompts stay with the student's user, at two evaluations a step (as
 `output_dir` then holds `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`, the same for ComfyUI and A1111
 (`*_kohya.safetensors`), and a matching TCDScheduler. `fidelity/*` in metrics.jsonl tells early whether the student
 follows its teacher. A run that was stopped goes on with `--resume_from_checkpoint=latest`, and ends in the very weights
-of a run that was not.
+of a run that was not (on a GPU with --deterministic).
 
 The method ends at the banner "the engine"; below it all six scripts are the same.
 """

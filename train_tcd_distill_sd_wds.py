@@ -26,7 +26,8 @@ and negative prompts stay with the student's user, at two evaluations a step (as
 
 `output_dir` then holds a pipeline with a matching TCDScheduler, or a LoRA for diffusers, ComfyUI and A1111.
 `fidelity/*` in metrics.jsonl tells early whether the student follows its teacher. A run that was stopped goes on with
-`--resume_from_checkpoint=latest`, and ends in the very weights of a run that was not.
+`--resume_from_checkpoint=latest`, and ends in the very weights of a run that was not (on a GPU with
+--deterministic).
 
 The method ends at the banner "the engine"; below it all six scripts are the same.
 """
