@@ -196,7 +196,7 @@ def add_method_args(parser):
 
 
 def check_method_args(parser, args):
-    """Checks the method's arguments, and fills in what depends on others."""
+    """Checks the method's arguments."""
     if args.w_min > args.w_max:
         parser.error(f"--w_min {args.w_min} is above --w_max {args.w_max}")
 
@@ -266,7 +266,9 @@ def sample_options(_args):
 
 def usage(args, embeds_w):
     """For the model card: the arguments of the pipeline's call, and what there is to say about them."""
-    trained = f"guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}"
+    trained = (
+        f"guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}" if args.w_max else "a teacher without guidance"
+    )
     if embeds_w:
         call = f"num_inference_steps=4, guidance_scale={args.validation_guidance_scale:g}"
         return call, f"It was trained on {trained}, and is told which to use; negative prompts have no effect."
@@ -472,7 +474,7 @@ def train(run):
             save_checkpoint(run)
         if stop:
             progress.close()
-            accelerator.end_training()
+            accelerator.end_training()  # all ranks are here: this is no error, after which one leaves alone
             logger.warning("Stopped by signal %d; go on with --resume_from_checkpoint latest", stop)
             raise SystemExit(128 + int(stop))
         if args.validation_steps and (run.step % args.validation_steps == 0 or is_last):
@@ -2004,7 +2006,8 @@ def find_checkpoint(args):
         fail(f"checkpoint {state['path']} was made with --optimizer {made}: go on with that")
     if changed := {name for name, value in known.items() if state["args"].get(name, value) != value} - ignored:
         logger.warning("Resuming with other values than before for: %s", ", ".join(f"--{k}" for k in sorted(changed)))
-    for name in ("lr_scheduler", "lr_warmup_steps"):  # an older script's default was constant: not to change midway
+    # an older script's defaults, of a constant rate and of an embedding for w = 0, too, are not to change midway
+    for name in ("lr_scheduler", "lr_warmup_steps", "unet_time_cond_proj_dim"):
         if getattr(args, name) is None:
             setattr(args, name, state["args"].get(name))
     return state
@@ -2287,7 +2290,7 @@ DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait ph
 MOST_ROWS = 9  # of a grid; of more prompts some are drawn, from the first to the last
 LEAST_PAIRS, LEAST_SET = 8, 256  # pictures from which on a feature distance, and a Fréchet distance, says something
 LABELS = {"teacher": "teacher", "untrained": "untrained student", "student": "student",
-          "target": "student, EMA (exported)"}  # fmt: skip
+          "target": "student, as exported"}  # fmt: skip
 
 
 def load_prompts(args):
@@ -2351,7 +2354,8 @@ class Sampler:
         shape = (len(self.prompts) * self.seeds, models.vae.config.latent_channels, height, width)
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(run.accelerator.device)
         with lent(models.text_encoders, self.noise.device):
-            c = encode_prompts(models, self.prompts)
+            parts = [encode_prompts(models, self.prompts[i : i + 32]) for i in range(0, len(self.prompts), 32)]
+            c = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             self.uncond = encode_uncond(models, args.validation_negative_prompt)
         self.c = {name: value.repeat_interleave(self.seeds, dim=0) for name, value in c.items()}
         if models.family.has_time_ids:
@@ -2365,13 +2369,17 @@ class Sampler:
             part = slice(start, start + self.chunk)
             yield self.noise[part], {name: value[part] for name, value in self.c.items()}
 
-    def images(self, name, steps, stock=False):
-        """Pictures of `teacher`, `untrained` (the teacher as consistency function) or one of the NETWORKS.
+    def images(self, *what, **options):
+        """All that `parts` yields, as one tensor."""
+        return torch.cat(list(self.parts(*what, **options)))
+
+    def parts(self, name, steps, stock=False):
+        """Yields pictures of `teacher`, `untrained` (the teacher as consistency function) or one of the NETWORKS.
 
         All are guided as the pipelines do: by the embedding of a network that has one, else classifier-free.
         """
         args, models, net = self.run.args, self.run.models, self.run.nets["teacher" if name == "untrained" else name]
-        schedule, scheduler, parts = models.schedule, models.scheduler, []
+        schedule, scheduler = models.schedule, models.scheduler
         is_teachers = name == "teacher" or net.guidance_dim
         scale = args.validation_guidance_scale if is_teachers else args.validation_student_guidance_scale
         if scale > 1 and not net.guidance_dim:
@@ -2393,16 +2401,15 @@ class Sampler:
             else:
                 f = functools.partial(predict_x0, net, schedule, args=args, **given)
                 x_0 = sample_chain(lambda x_t, t: [f(x_t, t)], schedule, noise, timesteps)  # noqa: B023
-            parts.append(decode_latents(models.vae, x_0, args.vae_encode_batch_size).cpu())
-        return torch.cat(parts)
+            yield decode_latents(models.vae, x_0, args.vae_encode_batch_size).cpu()
 
 
 def validate(run):
-    """Logs pictures of the EMA student beside the teacher's, and the PSNR of each network to the teacher's 50 steps."""
+    """Logs pictures of the exported student beside the teacher's, and how far each network's are from its 50 steps."""
     if run.accelerator.is_main_process:
         # not compiled: its batches are others than those of training, which would be compiled anew for any size
-        eagerly = torch.compiler.set_stance("force_eager")
-        with contextlib.suppress(Stopped), eagerly, without_dropout(run.nets):
+        eagerly, vae = torch.compiler.set_stance("force_eager"), lent(run.models.vae, run.accelerator.device)
+        with contextlib.suppress(Stopped), eagerly, vae, without_dropout(run.nets):
             for index, size in enumerate(run.args.validation_resolutions):
                 validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
     wait_for_all(run)
@@ -2416,33 +2423,40 @@ def validate_size(run, size, suffix):
     args, steps, images = run.args, run.args.validation_num_inference_steps, run.references.setdefault(suffix, {})
     with contextlib.ExitStack() as stack:
         if not images:
-            images |= {"sampler": Sampler(run, size), "looks": {}}
+            sampler = Sampler(run, size)
+            rows = np.linspace(0, len(sampler.prompts) - 1, min(len(sampler.prompts), MOST_ROWS)).round().astype(int)
+            images |= {"sampler": sampler, "rows": rows, "shown": {}, "pairs": {}, "looks": {}}
             if not args.from_scratch:
                 stack.enter_context(starting_model(run))
-                for name, k in (*(("teacher", k) for k in sorted({50, *steps})), *(("untrained", k) for k in steps)):
-                    keep_pictures(run, images, name, k, name)
-                if (count := len(images["teacher", 50])) < LEAST_SET and not suffix:
+                for k in (50, *sorted({*steps} - {50})):
+                    keep_pictures(run, images, "teacher", k, "teacher")
+                for k in steps:
+                    keep_pictures(run, images, "untrained", k, "untrained")
+                if (count := len(sampler.noise)) < LEAST_SET and not suffix:
                     logger.info("fidelity/*_fd takes %d pictures, prompts × --num_validation_images: it is left out of "
                                 "%d", LEAST_SET, count)  # fmt: skip
         metrics = {f"{name}{suffix}": value for name, value in extra_validation(run, images).items()}
-    sampler, exported = images["sampler"], chosen_networks(args.export_ema_decay)[-1]
+    sampler, rows, exported = images["sampler"], images["rows"], chosen_networks(args.export_ema_decay)[-1]
     if not args.from_scratch:
-        shown = {"student": "student", "target": exported}  # as the figures call it
-        for name, k in itertools.product(shown, steps):
-            keep_pictures(run, images, name, k, shown[name])
+        student, other = ((net.base, net.adapter) for net in (run.nets["student"], run.nets[exported]))
+        for k in steps:
+            keep_pictures(run, images, "student", k, "student")
+            if student == other:  # without averages
+                for kept in (images["shown"], images["pairs"], images["looks"]):
+                    kept["target", k] = kept["student", k]
+            else:
+                keep_pictures(run, images, "target", k, exported)  # as the figures call it
         found = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
-        metrics |= {key.replace("fidelity", f"fidelity{suffix}"): value for key, value in found.items()}
-        print_fidelity(found, steps, sampler, args)
+        metrics |= {key.replace("fidelity", f"fidelity{suffix}", 1): value for key, value in found.items()}
+        print_fidelity(found, steps, sampler, size, args)
     if metrics:
         write_metrics(run, metrics)
     start = "teacher" if METHOD.has_teacher else "start"
-    rows = np.linspace(0, len(sampler.prompts) - 1, min(len(sampler.prompts), MOST_ROWS)).round().astype(int)
-    first, titles = rows * sampler.seeds, {("teacher", k): f"{start} {k}" for k in (50, 4, 2, 1)}
-    titles |= {("untrained", 1): "untrained 1"}
-    pictures = {title: images[key][first] / 255 for key, title in titles.items() if key in images}
-    few = copy.copy(sampler)
+    titles = {("teacher", k): f"{start} {k}" for k in (50, 4, 2, 1)} | {("untrained", 1): "untrained 1"}
+    pictures = {title: images["shown"][key] for key, title in titles.items() if key in images["shown"]}
+    few, first = copy.copy(sampler), rows * sampler.seeds
     few.noise, few.c = sampler.noise[first], {name: value[first] for name, value in sampler.c.items()}
-    pictures |= {f"student {k}": few.images(exported, k, stock=True) for k in steps}
+    pictures |= {f"student {k}": to_bytes(few.images(exported, k, stock=True)) for k in steps}
     grid = draw_grid(pictures, [sampler.prompts[row] for row in rows])
     path = Path(args.output_dir, "validation", f"step-{run.step}{suffix}.png")
     path.parent.mkdir(exist_ok=True)
@@ -2453,20 +2467,31 @@ def validate_size(run, size, suffix):
             tracker.log_images({f"validation{suffix}": np.asarray(grid)[None]}, step=run.step, **kwargs)
 
 
+def to_bytes(pictures):
+    """Pictures in [0, 1] → uint8."""
+    return (pictures * 255).round().byte()
+
+
 def keep_pictures(run, images, name, k, network):
-    """Draws `images[name, k]`, in bytes, as those of all networks and steps are kept at once; and looks at them."""
-    images[name, k] = (images["sampler"].images(network, k) * 255).round().byte()
-    with lent(run.models.vae, run.accelerator.device):
-        images["looks"][name, k] = vae_statistics(run.models.vae, images[name, k], run.args.vae_encode_batch_size)
+    """Draws the pictures of a network at k steps, and keeps those that are shown, and of all what figures need of them.
+
+    Whole stay only the teacher's of 50 steps, the `reference`, which are drawn first.
+    """
+    sampler, vae = images["sampler"], run.models.vae
+    pictures = torch.cat([to_bytes(part) for part in sampler.parts(network, k)])
+    reference = images.setdefault("reference", pictures)
+    images["shown"][name, k] = pictures[images["rows"] * sampler.seeds]
+    images["pairs"][name, k] = compare_pairs(pictures, reference)
+    images["looks"][name, k] = vae_statistics(vae, pictures, run.args.vae_encode_batch_size)
 
 
 def fidelity(images, steps, groups, seeds):
     """PSNR (dB) to the teacher's 50 steps and the share of their edges: `fidelity/<network>_psnr_k<k>` and `…_edges_…`,
-    also by prompt file; and feature_distances. PSNR alone rewards blur. Images are uint8.
+    also by prompt file; and feature_distances. PSNR alone rewards blur.
     """
     metrics = {}
     for name, k in itertools.product(LABELS, steps):
-        pairs = compare_pairs(images[name, k], images["teacher", 50]).unflatten(0, (-1, seeds))
+        pairs = images["pairs"][name, k].unflatten(0, (-1, seeds))
         for group, prompts in groups.items():
             psnr, shared, all_edges = pairs[list(prompts)].mean(dim=(0, 1)).tolist()
             suffix = f"k{k}/{group}".rstrip("/")
@@ -2538,16 +2563,17 @@ def feature_distances(looks, steps, groups, seeds):
     return metrics
 
 
-def print_fidelity(metrics, steps, sampler, args):
-    """Prints tables of the PSNRs and Fréchet distances, for all prompts and for each file of them."""
+def print_fidelity(metrics, steps, sampler, size, args):
+    """Prints tables of the PSNRs and Fréchet distances, for all prompts and for each of several files of them."""
     guided = {name for name in LABELS if ("teacher" if name == "teacher" else "student") in sampler.guided}
     labels = LABELS | {name: f"{LABELS[name]}, guided (2 evaluations a step)" for name in guided}
     width = max(map(len, labels.values()))
     scale, students = args.validation_guidance_scale, args.validation_student_guidance_scale
     own = f" (the student's {students:g})" if "student" in guided and students != scale else ""
-    lines = [f"To the teacher's 50 steps: deterministic chain, guidance scale {scale:g}{own}, {len(sampler.prompts)} "
-             f"prompts × {sampler.seeds} seeds"]  # fmt: skip
-    for title, group in itertools.product(("PSNR in dB", "Fréchet distance"), ("", *sampler.groups)):
+    lines = [f"To the teacher's 50 steps at {size[0]}x{size[1]}: deterministic chain, guidance scale {scale:g}{own}, "
+             f"{len(sampler.prompts)} prompts × {sampler.seeds} seeds"]  # fmt: skip
+    groups = ("", *(group for group, prompts in sampler.groups.items() if len(prompts) < len(sampler.prompts)))
+    for title, group in itertools.product(("PSNR in dB", "Fréchet distance"), groups):
         figure, tail = "psnr" if "PSNR" in title else "fd", f"/{group}".rstrip("/")
         if f"fidelity/student_{figure}_k{steps[0]}{tail}" in metrics:
             lines.append(f"{title + (group and f', {group}'):{width + 2}}" + "".join(f"{k:8}" for k in steps))
@@ -2583,7 +2609,7 @@ def find_font(text, size=13):
 
 
 def draw_grid(columns, prompts):
-    """Draws images side by side: a row a prompt, a titled column for each entry of {title: (prompts, 3, h, w)}."""
+    """Draws uint8 images side by side: a row a prompt, a titled column for each of {title: (prompts, 3, h, w)}."""
     height, width = next(iter(columns.values())).shape[-2:]
     enlarged, left, top, gap = max(1, 96 / height), 150, 24, 4
     cell = round(width * enlarged), round(height * enlarged)
@@ -2596,7 +2622,7 @@ def draw_grid(columns, prompts):
         x = left + column * (cell[0] + gap)
         pen.text((x, gap), title, "black", font)
         for row, image in enumerate(images):
-            picture = Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
+            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
             grid.paste(picture.resize(cell, Image.Resampling.BICUBIC), (x, top + row * (cell[1] + gap)))
     return grid
 
@@ -2881,7 +2907,8 @@ def name_idle_flags(parser, args):
     idle = {"lr_warmup_steps": args.lr_scheduler == "constant" and "--lr_scheduler constant",
             "adam_beta1": adafactor, "adam_beta2": adafactor,
             "adam_epsilon": adafactor or args.optimizer == "lion8bit" and "--optimizer lion8bit",
-            "unet_time_cond_proj_dim": args.lora_rank and "a LoRA"}  # fmt: skip
+            "unet_time_cond_proj_dim": args.lora_rank and "a LoRA"
+            or METHOD.has_teacher and not args.w_max and "--w_max 0"}  # fmt: skip
     for flag, other in idle.items():
         if other and getattr(args, flag) != parser.get_default(flag):
             logger.warning("--%s is not used with %s", flag, other)
@@ -2913,13 +2940,13 @@ def parse_args(argv=None):
             value = [os.path.expanduser(v) for v in value] if isinstance(value, list) else os.path.expanduser(value)
             setattr(args, name, value)
     check_method_args(parser, args)
+    name_idle_flags(parser, args)
     settle_guidance(parser, args)
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     check_args(parser, args)
     if args.use_8bit_adam:
         args.optimizer = "adamw8bit"
-    name_idle_flags(parser, args)
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.lora_rank else 8e-6
     if args.init_from and args.lora_rank:
@@ -3047,12 +3074,13 @@ def make_optimizer(args, parameters, num_processes):
 def check_guidance(args, student):
     """Refuses a student that would be guided twice, and warns where neither the run nor the user can guide it."""
     if is_guided_by_user(args) and student.guidance_dim:
-        fail("with w = 0 and --proportion_empty_prompts the user guides the student, which a U-Net that embeds w does "
-             "not allow: give a range of w to distil, or no empty prompts")  # fmt: skip
+        fail("with w = 0 and --proportion_empty_prompts or --validation_student_guidance_scale the user guides the "
+             "student, which a U-Net that embeds w does not allow: give a range of w, or neither")  # fmt: skip
     if METHOD.has_teacher and not (args.w_max or args.proportion_empty_prompts or student.guidance_dim):
+        use = "is badly guided" if is_guided_by_user(args) else "is for use without guidance, as SDXL-Turbo"
         logger.warning("Guidance is off (w = 0) and no prompt is emptied: the student does not learn the unconditional "
-                       "half, and is for use without guidance, which suits a teacher that has none (SDXL-Turbo). For "
-                       "one that takes guidance and negative prompts, give --proportion_empty_prompts 0.1")  # fmt: skip
+                       "half, and %s. For one that takes guidance and negative prompts, give "
+                       "--proportion_empty_prompts 0.1", use)  # fmt: skip
 
 
 def start_run(args, accelerator):
@@ -3126,13 +3154,18 @@ def start_trackers(args, accelerator):
         fail(f"--report_to {args.report_to} cannot start: {first_line(error)}")
 
 
-def leave(error):
+def leave(error, run):
     """Ends one of several processes after an error, without NCCL's farewell: it may wait for those that wait for this
     process, which then never ends and says nothing. As it is, the launcher sees that it has ended, and ends the others.
     """
-    is_told = isinstance(error, SystemExit)
-    print(error if is_told else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
-    os._exit(1)
+    code = error.code if isinstance(error, SystemExit) else "".join(traceback.format_exception(error))
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if run:  # after the line: workers that hang are waited for
+        run.reader.close()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def main(argv=None):
@@ -3163,10 +3196,11 @@ def main(argv=None):
             fail("another process of this run has ended: see its error, and go on with --resume_from_checkpoint latest")
         raise
     finally:
+        error = sys.exc_info()[1]
+        if error and accelerator.num_processes > 1 and torch.distributed.is_initialized():  # not through end_training
+            leave(error, run)
         if run:
             run.reader.close()
-        if accelerator.num_processes > 1 and torch.distributed.is_initialized():  # which end_training would have ended
-            leave(sys.exc_info()[1])
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_a_scale_that_collapses_ends_the_run(lcm, start):
 
 
 def test_steps_that_the_scaler_skips_are_counted(lcm, start):
-    """By their gradients: a fused optimizer is called in any case, and skips on the device. The scaler is a stand-in."""
+    """By their gradients: a fused optimizer is always called, and skips on the device. The scaler is a stand-in."""
     run = start()
     progress, clock = SimpleNamespace(set_postfix_str=lambda _: None), {"time": 0.0, "step": 0}
     losses_and_norms = torch.tensor([[1.0, 2.0], [1.0, torch.inf], [1.0, torch.nan]])
@@ -336,6 +336,6 @@ def test_a_grid_shows_nine_of_many_prompts(lcm, start, monkeypatch, tmp_path):
     columns, prompts = drawn[0]
     rows = [0, 3, 6, 9, 12, 15, 18, 21, 24]
     assert prompts == [f"a {row}" for row in rows]
-    assert torch.equal(columns["teacher 50"], run.references[""]["teacher", 50][rows] / 255)
+    assert torch.equal(columns["teacher 50"], run.references[""]["reference"][rows])
     assert all(len(pictures) == 9 for pictures in columns.values())
     run.reader.close()

@@ -610,8 +610,9 @@ def test_fidelity_is_the_psnr_to_the_teachers_fifty_steps_by_prompt_file(lcm):
     off = torch.tensor([0.1, 0.1, 0.01, 0.01]).view(-1, 1, 1, 1)  # 20 dB for the first prompt, 40 for the second
     images = {("teacher", 50): reference, ("teacher", 1): reference, ("untrained", 1): reference * 0.5}
     images |= {("student", 1): reference + off, ("target", 1): reference + 0.1}
-    images = {key: value * 255 for key, value in images.items()}  # not rounded, so that the figures are
-    images["looks"] = {("teacher", 50): reference.flatten(1)}  # too few for distances
+    # not rounded, so that the figures are
+    pairs = {key: lcm.compare_pairs(value * 255, reference * 255) for key, value in images.items()}
+    images = {"pairs": pairs, "looks": {("teacher", 50): reference.flatten(1)}}  # too few for distances
     found = lcm.fidelity(images, [1], {"": range(2), "one": range(1), "two": range(1, 2)}, 2)
     assert {key: found[f"fidelity/{key}"] for key in ("student_psnr_k1", "student_psnr_k1/one", "student_psnr_k1/two",
                                                       "target_psnr_k1", "teacher_psnr_k1")} == {
