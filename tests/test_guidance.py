@@ -121,6 +121,26 @@ def test_card_says_whose_the_guidance_is(script, flags, scale, is_theirs):
     assert ("without guidance" in words) != is_theirs
 
 
+@over([LCM, TCD, CD], "flags, expected", [
+    ([], {LCM: "6 to 16", TCD: "6 to 16", CD: "scale 7.5 built in"}),
+    (["--w_min", "1", "--w_max", "3"], dict.fromkeys((LCM, TCD, CD), "2 to 4")),
+    (OFF, {LCM: "a teacher without guidance", TCD: "a teacher without guidance", CD: "steps, without guidance"}),
+])  # fmt: skip
+def test_card_says_which_guidance_was_distilled(case, script, flags, expected):
+    _, words = script.usage(script.parse_args([*BASICS, *flags]), False)
+    assert expected[case.name] in words and " 1 " not in words
+
+
+@over([LCM])
+def test_a_run_whose_network_embeds_w_goes_on_without_guidance(script, teacher, shards, tmp_path, capfd):
+    """As one of an older script, which embedded w = 0 too."""
+    flags = tiny_args(teacher, shards, tmp_path, "--validation_steps", 0)
+    run_main(script, [*flags, "--max_train_steps", 1, "--checkpointing_steps", 1])
+    run_main(script, [*flags, *OFF, "--max_train_steps", 2, "--resume_from_checkpoint", "latest"])
+    assert "Resuming with other values than before for: " in capfd.readouterr().err
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
 @over([CD, CT], "flags", [["--validation_student_guidance_scale", "3"]])
 def test_a_student_with_guidance_built_in_is_not_guided(script, flags, capsys):
     with pytest.raises(SystemExit):

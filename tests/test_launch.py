@@ -47,6 +47,8 @@ def test_what_is_not_utf8_is_refused_at_the_start(lcm, flag, capsys):
     ("--optimizer adafactor --adam_beta1 0.5 --adam_epsilon 1e-6", "adam_beta1 adam_epsilon", "--optimizer adafactor"),
     ("--optimizer lion8bit --adam_beta2 0.9 --adam_epsilon 1e-6", "adam_epsilon", "--optimizer lion8bit"),
     ("--lora_rank 4 --unet_time_cond_proj_dim 64", "unet_time_cond_proj_dim", "a LoRA"),
+    ("--w_min 0 --w_max 0 --unet_time_cond_proj_dim 64", "unet_time_cond_proj_dim", "--w_max 0"),
+    ("--lora_rank 4 --w_min 0 --w_max 0", "", ""),
     ("--optimizer adafactor --lora_rank 4 --lr_scheduler constant", "", ""),
 ])  # fmt: skip
 def test_flags_that_do_nothing_are_named(lcm, flags, idle, other, caplog):

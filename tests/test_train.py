@@ -543,7 +543,7 @@ def test_two_processes_stop_together(case, teacher, shards, tmp_path, capfd):
                 os.kill(os.getpid(), signal.SIGTERM)
             plain(run)
 
-        script.train_step, script.leave = train_step, lambda error: (print("left"), leave(error))
+        script.train_step, script.leave = train_step, lambda *given: (print("left"), leave(*given))
 
     run_two(case.name, tiny_args(teacher, shards, tmp_path, *case.flags), spoil, (143, 143))
     assert "left" not in capfd.readouterr().out
