@@ -476,13 +476,13 @@ def test_no_teacher_in_memory(ct, train, tiny, tmp_path, monkeypatch, new_unets,
         counts.append(count())
         return plain(**given)
 
-    def images(sampler, name, *args, plain=ct.Sampler.images, **more):
+    def parts(sampler, name, *args, plain=ct.Sampler.parts, **more):
         if name == "teacher":
             borrowed.append(count())
         return plain(sampler, name, *args, **more)
 
     monkeypatch.setattr(ct, "consistency_loss", consistency_loss)
-    monkeypatch.setattr(ct.Sampler, "images", images)
+    monkeypatch.setattr(ct.Sampler, "parts", parts)
     done = train(tmp_path / "run", "--validation_steps", "2", *QUICK_VALIDATION, *flags)
     size = sum(value.numel() for value in unet_of(tiny).values())
     adapter = sum(value.numel() for value in ct.network_state(done.run.models, "student").values())

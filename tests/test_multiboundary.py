@@ -368,7 +368,7 @@ def test_stock_sampling_is_the_jumps_that_were_trained(cd, prediction_type):
 
 def test_card_says_what_was_trained(cd):
     for flags, steps, words in (
-        (["--guidance_scale", "4"], 4, "4 to 4 built in: use it without"),
+        (["--guidance_scale", "4"], 4, "scale 4 built in: use it without"),
         (["--w_min", "2", "--w_max", "5", "--num_boundaries", "2"], 2, "3 to 6 built in: use it without"),
     ):
         found = cd.usage(parse(cd, *flags), False)
