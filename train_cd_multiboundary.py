@@ -27,7 +27,7 @@ the trajectories of empty prompts too: guidance, from 1 to 7.5, and negative pro
 evaluations a step for them. That is the controllable form of PCM (arXiv:2405.18407); validation and model card know it.
 
 `output_dir` then holds a pipeline with a matching TCDScheduler, or with --lora_rank a LoRA for diffusers, ComfyUI and
-A1111. Fewer boundaries are learnt best from a student of more of them (the idea of TSCD, arXiv:2404.13686):
+A1111. A student of more boundaries can be the start of one of fewer (the idea of TSCD, arXiv:2404.13686):
 --init_from=cd4-sd15 --num_boundaries=2. `fidelity/*` in metrics.jsonl tells early whether the student follows its
 teacher. A run that was stopped goes on with `--resume_from_checkpoint=latest`, and ends in the very weights of a run
 that was not (on a GPU with --deterministic).
