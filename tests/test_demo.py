@@ -107,7 +107,7 @@ def test_argument_files(path, monkeypatch):
     ],
 )
 def test_short_distillation_of_jumps_improves_four_steps(tmp_path, name, flags, gain):
-    """Sixty small steps on a grid of eight points; measured at 4 deterministic steps: TCD 1.7, CD 3.7 dB."""
+    """Sixty small steps on a grid of eight points, drawn by 4 deterministic steps."""
     arguments = f"""{flags}
         --resolution 64 --train_batch_size 8 --max_train_steps 60 --dataloader_num_workers 0 --mixed_precision bf16
         --num_ddim_timesteps 8 --loss_type huber --huber_c 0.03 --ema_decay 0.9 --lr_scheduler linear
