@@ -1022,6 +1022,7 @@ def test_demo_target(tool):
         path.replace("demo", "demo/output", 1) for path in re.findall(r"demo[\w-]*", (ROOT / "Makefile").read_text())
     }
     models = {re.sub(r"-seed\d$", "", one["model"]) for row in rows for one in tool.training_seeds(row).values()}
+    models = {re.sub("(?<=/output-progressive)/[124]$", "", model) for model in models}  # a folder for each stage
     assert models <= made | {args.teacher[0]} and len(models) >= 6
     assert args.skip_missing and args.protocol == "fidelity" and (ROOT / args.teacher[0]).is_dir()
     assert len(tool.read_prompts(args)[0]) * args.images_per_prompt >= 256
