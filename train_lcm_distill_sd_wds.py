@@ -11,7 +11,7 @@ one to eight steps are enough. With x_t = α_t x_0 + σ_t ε on the grid τ_i = 
     loss    = d(f_θ(x_t, w, c, t), f_θ⁻(x̂_prev, w, c, prev))                  d: l2 or Huber, θ⁻: EMA of θ
     f(x, t) = c_skip(t) x + c_out(t) x̂_0(x, t)                               c_skip(0) = 1, c_out(0) = 0
 
-The whole U-Net is trained, and is given w as an embedding: `guidance_scale` of a diffusers pipeline is w + 1. With
+The whole U-Net is trained, and unless w_max = 0 is given w as an embedding: a pipeline's `guidance_scale` is w + 1. With
 --lora_rank a LoRA is trained (arXiv:2311.05556), which learns the mean over w. Launch with
 
     accelerate launch train_lcm_distill_sd_wds.py \
@@ -298,7 +298,7 @@ def extra_validation(_run, _images):
 #   predict_x0            what a student holds for x_0: validation samples with it
 #   scheduler_options     settings of METHOD.scheduler
 #   sample_options        what its step is given (eta)
-#   usage                 the call that the model card shows
+#   usage                 the call that the model card shows; is_guided_by_user, below, says whose the guidance is
 #   extra_validation      figures of its own
 #
 # Its sections: a step and the loop · networks (all that knows model families) · encoding · data · checkpoints and

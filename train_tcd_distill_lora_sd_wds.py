@@ -304,7 +304,7 @@ def extra_validation(_run, _images):
 #   predict_x0            what a student holds for x_0: validation samples with it
 #   scheduler_options     settings of METHOD.scheduler
 #   sample_options        what its step is given (eta)
-#   usage                 the call that the model card shows
+#   usage                 the call that the model card shows; is_guided_by_user, below, says whose the guidance is
 #   extra_validation      figures of its own
 #
 # Its sections: a step and the loop · networks (all that knows model families) · encoding · data · checkpoints and
