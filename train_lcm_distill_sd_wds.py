@@ -11,8 +11,8 @@ one to eight steps are enough. With x_t = α_t x_0 + σ_t ε on the grid τ_i = 
     loss    = d(f_θ(x_t, w, c, t), f_θ⁻(x̂_prev, w, c, prev))                  d: l2 or Huber, θ⁻: EMA of θ
     f(x, t) = c_skip(t) x + c_out(t) x̂_0(x, t)                               c_skip(0) = 1, c_out(0) = 0
 
-The whole U-Net is trained, and unless w_max = 0 is given w as an embedding: a pipeline's `guidance_scale` is w + 1. With
---lora_rank a LoRA is trained (arXiv:2311.05556), which learns the mean over w. Launch with
+The whole U-Net is trained, and unless w_max = 0 is given w as an embedding: a pipeline's `guidance_scale` is w + 1.
+With --lora_rank a LoRA is trained (arXiv:2311.05556), which learns the mean over w. Launch with
 
     accelerate launch train_lcm_distill_sd_wds.py \
         --pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5 \
