@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 # Copyright 2026 the authors of this repository. Licensed under the Apache License, Version 2.0.
-"""Consistency distillation of Stable Diffusion 1.x, 2.x and XL with K boundaries, into a U-Net or a LoRA.
+"""Multi-boundary consistency distillation of Stable Diffusion 1.x, 2.x and XL, into a U-Net or a LoRA.
 
 Consistency distillation (Song et al., arXiv:2303.01469) teaches a student to jump from any point of the teacher's
 trajectory to its end. Here the trajectory is cut into K segments, as in iCD (arXiv:2406.14539) and PCM
 (arXiv:2405.18407), and the student jumps to the end of its segment: K deterministic steps, each far easier to learn
 than the one long jump; K = 1 is plain consistency distillation. With x_t = α_t x_0 + σ_t ε on the grid
-τ_i = (i+1)·(T//N) − 1, i = 0 … N−1, prev(τ_i) = τ_{i−1} (0 below the grid), and the boundaries b_0 > … > b_{K−1} > 0
-that the exported TCDScheduler visits in K steps:
+τ_i = (i+1)·(T//N) − 1, i = 0 … N−1, prev(τ_i) = τ_{i−1} (0 below the grid), and K boundaries b_0 > … > b_{K−1} > 0, at
+which the segments begin and which the exported TCDScheduler visits in K steps (the last segment ends at 0):
 
     i ~ U{0 … N−1},  w ~ U[w_min, w_max],  ε ~ N(0, I),  t = τ_i,  s = the largest boundary below t
     x̂_0, ε̂  = teacher(x_t, c) + w·(teacher(x_t, c) − teacher(x_t, ∅))        both guided
@@ -27,7 +27,7 @@ the trajectories of empty prompts too: guidance, from 1 to 7.5, and negative pro
 evaluations a step for them. That is the controllable form of PCM (arXiv:2405.18407); validation and model card know it.
 
 `output_dir` then holds a pipeline with a matching TCDScheduler, or with --lora_rank a LoRA for diffusers, ComfyUI and
-A1111. A student of more boundaries can be the start of one of fewer (the idea of TSCD, arXiv:2404.13686):
+A1111. A student of more segments can be the start of one of fewer (the idea of TSCD, arXiv:2404.13686):
 --init_from=cd4-sd15 --num_boundaries=2. `fidelity/*` in metrics.jsonl tells early whether the student follows its
 teacher. A run that was stopped goes on with `--resume_from_checkpoint=latest`, and ends in the very weights of a run
 that was not (on a GPU with --deterministic).
@@ -197,7 +197,7 @@ DEFAULTS = {"output_dir": "cd-multiboundary", "tracker_project_name": "cd-multib
 
 def add_method_args(parser):
     add = parser.add_argument_group("consistency distillation").add_argument
-    add("--num_boundaries", type=number(int, 1), default=4, help="K, segments of the trajectory; 1: plain distillation")
+    add("--num_boundaries", type=number(int, 1), default=4, help="K, boundaries of as many segments; 1: plain CD")
     add("--guidance_scale", type=number(float, 1), help="the teacher's, w + 1 (default 7.5, without --w_min, --w_max); "
         "1, with --proportion_empty_prompts: left to the student's user")  # fmt: skip
     add("--w_min", type=number(float, 0), help="lowest guidance weight, for a range of them")
@@ -264,7 +264,7 @@ def trajectory_function(net, schedule, x_t, t, s, c, w):
 
 
 def consistency_loss(student, target, teacher, schedule, x_0, c, uncond, draws, args):
-    """Consistency distillation to the next boundary: a pure function of networks, data and draws.
+    """Consistency distillation to the end of each segment: a pure function of networks, data and draws.
 
     arXiv:2303.01469, Algorithm 2, with the end times of arXiv:2406.14539.
     x_0: latents (batch, channels, height/8, width/8); c: conditioning, a dict of tensors (batch, …); uncond: that of

@@ -1,4 +1,4 @@
-"""Consistency distillation with K boundaries: the boundaries, the loss against float64, progressive runs, sampling."""
+"""Multi-boundary consistency distillation: the boundaries, the loss against float64, progressive runs, sampling."""
 
 import copy
 import itertools
@@ -167,7 +167,7 @@ def test_loss_equals_float64(cd, nets, num_boundaries, prediction_type, loss_typ
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-8)
 
 
-def test_one_boundary_is_plain_consistency_distillation(cd, nets):
+def test_one_segment_is_plain_consistency_distillation(cd, nets):
     """K = 1: both networks jump to the end of the trajectory, f(x, t) = α_0 x̂_0 + σ_0 ε̂, from every time."""
     args, x_0 = parse(cd, "--loss_type", "l2", "--num_boundaries", "1"), nets.given["x_0"]
     draws, schedule = nets.given["draws"], make_schedule(cd)
@@ -200,7 +200,7 @@ def test_target_is_x_prev_at_a_boundary(cd, nets, monkeypatch, num_boundaries, t
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
-def test_as_many_boundaries_as_grid_points_and_the_teacher_as_student(cd, nets, prediction_type):
+def test_as_many_segments_as_grid_points_and_the_teacher_as_student(cd, nets, prediction_type):
     """K = N: the student has to do what the teacher does. It is the teacher: what is left is the guidance."""
     args = parse(cd, "--loss_type", "l2", "--num_boundaries", "50")
     schedule, teacher = make_schedule(cd, 50, prediction_type), nets.teacher
