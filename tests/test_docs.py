@@ -1,5 +1,6 @@
 """Every command and Python snippet of the README and of docs/ is run as it is printed, on tiny models and shards."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -174,3 +175,14 @@ def test_flags_in_text_exist():
         for flag in re.findall(r"(?<![\w-])--\w+", text):
             found = {flag, flag.replace("--no-", "--")} & known
             assert found or flag in foreign, f"{page}: {flag}"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("train_*.py")))
+def test_readme_names_every_flag_of_a_method(name):
+    """CD's and CT's in their own sections; the others refer to each other's."""
+    heading = {"train_cd_multiboundary": "### Multi-boundary", "train_ct": "### Consistency training"}.get(name)
+    section = (ROOT / "README.md").read_text().split(heading or "## The methods")[1]
+    section = section.split("\n### " if heading else "\n## ")[0]
+    parser = argparse.ArgumentParser(add_help=False)
+    get_script(name).add_method_args(parser)
+    assert [flag for action in parser._actions for flag in action.option_strings if f"`{flag}`" not in section] == []
