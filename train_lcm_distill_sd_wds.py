@@ -3169,6 +3169,9 @@ def leave(error, run):
 
 
 def main(argv=None):
+    if os.environ.get("RANK", "0") != "0":  # what is said before accelerate knows, too, is said once a run
+        logger.setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     args = parse_args(argv)
     check_environment(args)
     accelerator = make_accelerator(args)

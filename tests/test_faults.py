@@ -253,10 +253,12 @@ def test_interrupted_and_resumed_runs_end_bitwise_equal(
 
 
 def test_two_ranks_take_other_samples_and_one_rank_goes_on_with_the_rest(tiny, fours, start, tmp_path):
-    """Also: --max_train_steps ends a run on every rank after whole accumulations."""
+    """Also: --max_train_steps ends a run on every rank after whole accumulations; a warning is given by one of them."""
     flags = ["--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--checkpointing_steps", 1]
     output, hook = tmp_path / "run", record_captions(tmp_path)
-    complete(start(tiny_args(tiny, fours, output, *flags, "--max_train_steps", 1), 2, hook))
+    first = [*flags, "--max_train_steps", 1, "--lr_warmup_steps", 2]  # of the constant rate
+    trainers = complete(start(tiny_args(tiny, fours, output, *first), 2, hook))
+    assert [trainer.text().count("--lr_warmup_steps is not used") for trainer in trainers] == [1, 0]
     ranks = [read_captions(tmp_path, rank) for rank in (0, 1)]
     assert [len(captions) for captions in ranks] == [2, 2] and not {*ranks[0]} & {*ranks[1]}
     resumed = tiny_args(tiny, fours, output, *flags, "--max_train_steps", 5, "--resume_from_checkpoint", "latest")
