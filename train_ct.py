@@ -2703,7 +2703,8 @@ def feature_distances(looks, steps, groups, seeds):
     if len(reference) < LEAST_PAIRS:
         return metrics
     mean, std = reference.mean(dim=0), reference.std(dim=0, correction=0) + 1e-8
-    axes = torch.linalg.svd((reference - mean) / std, full_matrices=False).Vh[:32].T
+    if len(reference) >= LEAST_SET:  # else no set is as large
+        axes = torch.linalg.svd((reference - mean) / std, full_matrices=False).Vh[:32].T
     looks = {key: ((look - mean) / std).unflatten(0, (-1, seeds)) for key, look in looks.items()}
     for group, prompts in ((group, list(prompts)) for group, prompts in groups.items()):
         teacher = looks["teacher", 50][prompts]

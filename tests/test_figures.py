@@ -158,7 +158,8 @@ def test_distances_grow_with_what_is_done_to_the_pictures(lcm, vae, plain):
         assert list(fd) == sorted(fd) and list(paired) == sorted(paired) and fd[0] > 0.01, name
 
 
-def test_few_pictures_give_no_frechet_distance_and_fewer_no_distance(lcm, vae, plain):
+def test_few_pictures_give_no_frechet_distance_and_fewer_no_distance(lcm, vae, plain, monkeypatch):
+    monkeypatch.setattr(torch.linalg, "svd", None)  # nor are their axes sought
     found, *_ = distances(lcm, vae, plain[:252], plain[:252])
     assert not [key for key in found if "fd" in key] and "fidelity/student_feature_distance_k1" in found
     found, *_ = distances(lcm, vae, plain[:8], plain[:8], seeds=1)
