@@ -2248,6 +2248,9 @@ pipe = DiffusionPipeline.from_pretrained({repository})"""
     if not embeds_w and args.validation_student_guidance_scale > 1:
         negative = args.validation_negative_prompt or "blurry, low quality"
         call += f", negative_prompt={json.dumps(negative, ensure_ascii=False)}"
+    if is_guided_by_user(args) and run.models.zeros_for_empty:
+        words += (" Empty prompts were trained as zeros, from which diffusers (without negative_prompt) and A1111 "
+                  "guide; in ComfyUI put the node ConditioningZeroOut behind an empty negative prompt.")  # fmt: skip
     if not (args.ema_decay or args.export_ema_decay):
         files = "There is no EMA of the weights: both files that hold them hold the same."
     return f"""```python

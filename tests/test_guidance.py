@@ -173,6 +173,7 @@ def test_empty_prompts_are_what_the_pipeline_guides_from(case, script, start, ma
     batch["captions"] = ["", "a", ""]
     _, c = script.encode_batch(run, batch, torch.Generator().manual_seed(0))
     run.reader.close()
+    assert ("ConditioningZeroOut" in script.example(run)) == zeros
     uncond = script.encode_uncond(run.models, "")
     for name, value in uncond.items():
         torch.testing.assert_close(c[name][[0, 2]], value.expand(2, *value.shape[1:]), rtol=0, atol=1e-5)
