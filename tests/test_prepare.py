@@ -803,6 +803,8 @@ IN, OUT = "--image_folder photos", "--output_dir out"
     (f"{IN} --output_dir tars", "error: --output_dir tars holds shards that are not of this tool"),
     (f"{IN} --coco_annotations nowhere.json {OUT}", "--coco_annotations nowhere.json cannot"),
     (f"--train_shards_path_or_url nowhere.tar {OUT}", "1 of 1 shards do not exist: nowhere.tar"),
+    (f"{IN} {OUT} --encode nowhere --single_file_config MODEL", "--single_file_config is for a model that is one"),
+    (f"{IN} {OUT} --variant fp16", "--variant needs --encode"),
     (f"{IN} {OUT} --encode nowhere", "error: --encode nowhere cannot be loaded"),
     (f"{IN} {OUT} --encode unet", "error: --encode unet, a FluxPipeline, is no SD 1.x"),
     (f"{IN} {OUT} --resolution 33 --encode MODEL", "error: --resolution 33 must be a multiple"),

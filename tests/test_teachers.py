@@ -194,16 +194,16 @@ def test_fp16_weights_alone(copy, begin, encoder, capfd):
     assert run.nets["teacher"].dtype == run.models.vae.dtype == torch.float32
 
 
-def test_variant(copy, begin, refused):
+def test_variant(copy, begin, encoder, refused):
     teacher = copy()
     for part in ("unet", "vae", "text_encoder"):
         file = teacher / part / FILES[part]
         halves = {key: value / 2 for key, value in load_file(file).items()}
         save_file(halves, file.with_suffix(".half.safetensors"), metadata={"format": "pt"})
     known = originals(teacher)
-    run = begin(teacher, "--variant", "half")
-    for network, part in ((run.nets["teacher"].base, "unet"), (run.models.vae, "vae"),
-                          (run.models.text_encoders[0], "text_encoder")):  # fmt: skip
+    run, tool = begin(teacher, "--variant", "half"), encoder(teacher, "--variant", "half")
+    for network, part in ((run.nets["teacher"].base, "unet"), (run.models.vae, "vae"), (tool.vae, "vae"),
+                          *((each.text_encoders[0], "text_encoder") for each in (run.models, tool))):  # fmt: skip
         theirs = known[part].state_dict()
         assert all(torch.equal(2 * value, theirs[key]) for key, value in network.state_dict().items())
     assert "ema" in refused(teacher, "--variant", "ema")
@@ -308,6 +308,25 @@ def test_single_file(make_teacher, config, shards, tmp_path, begin):
     assert not (tmp_path / "file" / "teacher").exists()
 
 
+def test_shards_encoded_from_a_single_file(make_teacher, config, shards, tmp_path, tool, encoder, capfd):
+    """They are as the folder makes them, and those that the file is trained on."""
+    folder = Path(make_teacher(make_pipeline))
+    known, file = originals(folder), single_file(folder, tmp_path / "anime.safetensors")
+    given = "--single_file_config", str(config)
+    found = encoder(file, *given)
+    assert same(found.vae, known["vae"]) and same(found.text_encoders[0], known["text_encoder"])
+    assert capfd.readouterr().err == ""
+    run_main(tool, ["--train_shards_path_or_url", shards, "--output_dir", str(tmp_path / "encoded"), "--resolution",
+                    "16", "--encode", str(file), *given])  # fmt: skip
+    run_main(get_script("train_lcm_distill_sd_wds"), tiny_args(str(file), str(tmp_path / "encoded" / "00000.tar"),
+             tmp_path / "run", "--max_train_steps", "1", *given))  # fmt: skip
+    whole = load_file(file)
+    for key in ("first_stage_model.quant_conv.bias", "cond_stage_model.transformer.text_model.final_layer_norm.bias"):
+        save_file({name: value for name, value in whole.items() if name != key}, file)
+        with pytest.raises(SystemExit, match="missing or misshapen|does not hold all tensors"):
+            encoder(file, *given)
+
+
 def test_lora_of_a_single_file(make_teacher, config, shards, tmp_path):
     file = single_file(Path(make_teacher(make_pipeline)), tmp_path / "anime.safetensors")
     run_main(get_script("train_tcd_distill_lora_sd_wds"), tiny_args(str(file), shards, tmp_path / "run", "--lora_rank",
@@ -342,8 +361,9 @@ def test_single_file_that_cannot_be_used(config, tiny, tmp_path, refused, encode
     empty = tmp_path / "empty.safetensors"
     save_file({"a": torch.zeros(1)}, empty)
     assert "model.diffusion_model" in refused(empty, "--single_file_config", str(config))
-    with pytest.raises(SystemExit, match="^error: --encode .* is one file"):
-        encoder(empty)
+    for file in (pickled, empty):
+        with pytest.raises(SystemExit, match=f"^error: --encode {file} cannot be read with --single_file_config"):
+            encoder(file, "--single_file_config", str(config))
     for flags in ((empty, "--variant", "fp16"), (tiny, "--single_file_config", str(config))):
         with pytest.raises(SystemExit):
             get_script("train_lcm_distill_sd_wds").parse_args(tiny_args(str(flags[0]), "a", "b", *flags[1:]))
@@ -355,7 +375,7 @@ def test_single_file_without_a_configuration_and_without_a_network(make_teacher,
     assert "--single_file_config stable-diffusion-v1-5/" in line and "the hub cannot be reached" in line
 
 
-def test_vae_that_is_a_single_file(make_teacher, tiny, tmp_path, begin):
+def test_vae_that_is_a_single_file(make_teacher, tiny, tmp_path, begin, encoder):
     other = Path(make_teacher(make_pipeline, seed=1))
     vae = AutoencoderKL.from_pretrained(other, subfolder="vae")
     tensors = {}
@@ -363,8 +383,8 @@ def test_vae_that_is_a_single_file(make_teacher, tiny, tmp_path, begin):
         key = ldm_vae(key)
         tensors[key] = value[:, :, None, None] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", key) else value
     save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "vae.safetensors")
-    run = begin(tiny, "--pretrained_vae_model_name_or_path", str(tmp_path / "vae.safetensors"))
-    assert same(run.models.vae, vae)
+    given = tiny, "--pretrained_vae_model_name_or_path", str(tmp_path / "vae.safetensors")
+    assert same(begin(*given).models.vae, vae) and same(encoder(*given).vae, vae)
 
 
 # ----------------------------------------------------------------------------------------------- what it is made of

@@ -64,8 +64,11 @@ import torch
 import transformers
 from accelerate import PartialState
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from safetensors import safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
@@ -163,9 +166,13 @@ def add_picture_args(parser):
 
 def add_encode_args(parser):
     add = parser.add_argument_group("encoding").add_argument
-    add("--encode", metavar="MODEL", help="store latents and text embeddings of this SD 1.x, 2.x or SDXL pipeline")
+    add("--encode", metavar="MODEL", help="store latents and text embeddings of this SD 1.x, 2.x or SDXL pipeline: hub "
+        "id, folder or .safetensors file")  # fmt: skip
+    add("--single_file_config", help="hub id or folder with the configuration that belongs to that file (default: the "
+        "original model's, from the hub)")  # fmt: skip
+    add("--variant", help="weights to take (default: the plain ones; fp16 if there are no others)")
     add("--teacher_revision", help="revision of its repository")
-    add("--pretrained_vae_model_name_or_path", help="another VAE: hub id or folder")
+    add("--pretrained_vae_model_name_or_path", help="another VAE: hub id, folder or .safetensors file")
     add("--revision", help="revision of the VAE's repository (--pretrained_vae_model_name_or_path)")
     add("--cache_dir", help="where downloaded models are kept")
     add("--random_flip", action="store_true", help="encode the mirrored pictures too")
@@ -211,8 +218,9 @@ def parse_args(argv=None):
         parser.error(f"an @file with flags cannot be read: {error}")
     if sum(source is not None for source in (args.image_folder, args.dataset, args.train_shards_path_or_url)) != 1:
         parser.error("give either --image_folder, --dataset or --train_shards_path_or_url")
-    for flag, other in {"coco_annotations": "image_folder", "image_column": "dataset", "random_flip": "encode",
-                        "keep_images": "encode"}.items():  # fmt: skip
+    needed = {"coco_annotations": "image_folder", "image_column": "dataset", "random_flip": "encode",
+              "keep_images": "encode", "variant": "encode", "single_file_config": "encode"}  # fmt: skip
+    for flag, other in needed.items():
         if getattr(args, flag) and not getattr(args, other):
             parser.error(f"--{flag} needs --{other}")
     if not args.output_dir and not args.check:
@@ -1160,6 +1168,26 @@ def load_tokenizer(path, encoder, **source):
     return tokenizer
 
 
+def open_single_file(args):
+    """--encode's .safetensors file as a pipeline, float32 and without a U-Net, and where the configuration is."""
+    config = args.single_file_config
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        with safe_open(args.encode, "pt"):  # a .ckpt file, which could run code, is none
+            config = config or fetch_diffusers_config(load_file(args.encode))["pretrained_model_name_or_path"]
+        parts = diffusers.DiffusionPipeline.load_config(config, cache_dir=args.cache_dir)
+        kind = diffusers.StableDiffusionXLPipeline if "text_encoder_2" in parts else diffusers.StableDiffusionPipeline
+        unused = {"unet", "safety_checker", "feature_extractor", "image_encoder"} & parts.keys()
+        pipe = kind.from_single_file(args.encode, config=config, cache_dir=args.cache_dir, torch_dtype=torch.float32,
+                                     **dict.fromkeys(unused))  # fmt: skip
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            if network := getattr(pipe, name, None):
+                check_tensors(f"{args.encode}/{name}", network, {})
+    except Exception as error:
+        fail(f"--encode {args.encode} cannot be read with --single_file_config {config}: {first_line(error)}")
+    return pipe, config
+
+
 class Encoder:
     """The VAE and the text encoder(s) of a pipeline; called with samples, gives the bytes of their encoded members."""
 
@@ -1183,24 +1211,29 @@ class Encoder:
         """Loads what the pipeline has: one tokenizer and encoder, or SDXL's two, and a VAE, which is float32 if its
         config says `force_upcast` (true by default, but meant for SDXL alone).
         """
-        source = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+        path, pipe, source = args.encode, None, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
         for name in QUIET:
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        if os.path.isfile(args.encode):
-            raise ValueError("it is one file; give a folder, as save_pretrained of a pipeline writes it")
-        parts = diffusers.DiffusionPipeline.load_config(args.encode, **source)
+        is_file = os.path.isfile(path)
+        if args.single_file_config and not is_file or args.variant and is_file:
+            raise ValueError("--single_file_config is for a model that is one file, and --variant for one that is not")
+        if is_file:
+            (pipe, path), source = open_single_file(args), {"cache_dir": args.cache_dir}
+        parts = diffusers.DiffusionPipeline.load_config(path, **source)
         names = [name for name in ("text_encoder", "text_encoder_2") if parts.get(name, [None])[0]]
         kinds = [CLIPTextModel, CLIPTextModelWithProjection][: len(names)]
         if [parts[name][1] for name in names] != [kind.__name__ for kind in kinds] or "text_encoder" not in names:
             fail(f"--encode {args.encode}, a {parts.get('_class_name')}, is no SD 1.x, 2.x or SDXL text-to-image model")
-        self.text_encoders = [load_part(kind, args.encode, subfolder=name, dtype=dtype, **source)
+        self.text_encoders = [getattr(pipe, name).to(dtype) if pipe else
+                              load_part(kind, path, args.variant, subfolder=name, dtype=dtype, **source)
                               for kind, name in zip(kinds, names, strict=True)]  # fmt: skip
-        self.tokenizers = [load_tokenizer(args.encode, encoder, subfolder=name, **source) for name, encoder
+        self.tokenizers = [load_tokenizer(path, encoder, subfolder=name, **source) for name, encoder
                            in zip(("tokenizer", "tokenizer_2"), self.text_encoders, strict=False)]  # fmt: skip
         if vae := args.pretrained_vae_model_name_or_path:
-            self.vae = load_part(AutoencoderKL, vae, revision=args.revision, cache_dir=args.cache_dir)
+            given = {"config": path, "subfolder": "vae"} if os.path.isfile(vae) else {"revision": args.revision}
+            self.vae = load_part(AutoencoderKL, vae, cache_dir=args.cache_dir, **given)
         elif (kind := (parts.get("vae") or [None, None])[1]) == "AutoencoderKL":
-            self.vae = load_part(AutoencoderKL, args.encode, subfolder="vae", **source)
+            self.vae = pipe.vae if pipe else load_part(AutoencoderKL, path, args.variant, subfolder="vae", **source)
         else:
             raise ValueError(f"its vae is a {kind}, not an AutoencoderKL")
         is_fragile = len(names) > 1 and self.vae.config.get("force_upcast")
