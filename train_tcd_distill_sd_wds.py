@@ -304,7 +304,7 @@ def extra_validation(_run, _images):
 #   scheduler_options     settings of METHOD.scheduler
 #   sample_options        what its step is given (eta)
 #   usage                 the call that the model card shows; is_guided_by_user, below, says whose the guidance is
-#   extra_validation      figures of its own
+#   extra_validation      figures of its own, asked on all ranks: those of rank 0 are logged
 #
 # Its sections: a step and the loop · networks (all that knows model families) · encoding · data · checkpoints and
 # export · validation and logging · arguments · main.
@@ -471,17 +471,14 @@ def train(run):
         is_last = run.step == args.max_train_steps
         if run.step % args.logging_steps == 0 or is_last:
             log_metrics(run, clock, progress)
-        stop = torch.tensor(run.stop_signal)
-        if run.host_group:  # the ranks agree on the host, so that the device need not be waited for
-            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=run.host_group)
-        paused = time.perf_counter()
+        stop, paused = wait_for_all(run), time.perf_counter()
         if stop or (args.checkpointing_steps and (run.step % args.checkpointing_steps == 0 or is_last)):
             save_checkpoint(run)
         if stop:
             progress.close()
             accelerator.end_training()  # all ranks are here: this is no error, after which one leaves alone
             logger.warning("Stopped by signal %d; go on with --resume_from_checkpoint latest", stop)
-            raise SystemExit(128 + int(stop))
+            raise SystemExit(128 + stop)
         if args.validation_steps and (run.step % args.validation_steps == 0 or is_last):
             validate(run)
         clock["time"] += time.perf_counter() - paused
@@ -489,9 +486,11 @@ def train(run):
 
 
 def wait_for_all(run):
-    """Waits for all ranks, on the host."""
+    """Waits for all ranks, on the host, not for the device; returns a signal to any of them, or 0."""
+    signum = torch.tensor(run.stop_signal)
     if run.host_group:
-        torch.distributed.barrier(group=run.host_group)
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group=run.host_group)
+    return int(signum)
 
 
 def handle_signals(run):
@@ -2295,6 +2294,7 @@ Arguments:
 # -------------------------------------------------------------------------------------------- validation and logging
 DEFAULT_PROMPTS = ["a lighthouse on a cliff at dawn, oil painting", "portrait photo of an old fisherman, soft light",
                    "a bowl of ramen, food photography", "a red fox in the snow"]  # fmt: skip
+BATCH = 8  # pictures that are drawn at once
 MOST_ROWS = 9  # of a grid; of more prompts some are drawn, from the first to the last
 LEAST_PAIRS, LEAST_SET = 8, 256  # pictures from which on a feature distance, and a Fréchet distance, says something
 LABELS = {"teacher": "teacher", "untrained": "untrained student", "student": "student",
@@ -2344,23 +2344,34 @@ def sample_stock(net, scheduler, noise, steps, c, w, args):
 
 
 class Stopped(Exception):
-    """A signal ended a validation."""
+    """A signal ended a validation, on all ranks."""
+
+
+def gather_parts(run, parts):
+    """Joins what the ranks made of their pictures, lists of tensors (pictures, …), in order: on rank 0, else None."""
+    ranks = [parts]
+    if run.host_group:
+        ranks = [None] * run.accelerator.num_processes if run.accelerator.is_main_process else None
+        torch.distributed.gather_object([part.cpu() for part in parts], ranks, group=run.host_group)
+    return ranks and torch.cat(sum(ranks, []))
 
 
 class Sampler:
-    """Draws the validation pictures of every network from the same noise and prompts, `chunk` at a time.
+    """Draws the validation pictures of every network from the same noise and prompts, whatever the number of ranks:
+    each draws its share, `chunk` at a time, which are the batches of a single rank where there is one for each.
 
     `size` is (width, height). Images are (prompts × seeds, 3, height, width), on the CPU. Its generators are its own.
     """
 
-    def __init__(self, run, size, chunk=8):
+    def __init__(self, run, size):
         args, models = run.args, run.models
-        self.run, self.chunk, self.seeds = run, chunk, args.num_validation_images
+        self.run, self.seeds = run, args.num_validation_images
         self.prompts, self.groups = load_prompts(args)
         self.guided = set()  # the networks that took two evaluations a step
         width, height = (side // 2 ** (len(models.vae.config.block_out_channels) - 1) for side in size)
         shape = (len(self.prompts) * self.seeds, models.vae.config.latent_channels, height, width)
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(run.accelerator.device)
+        self.chunk = min(BATCH, math.ceil(len(self.noise) / run.accelerator.num_processes))
         with lent(models.text_encoders, self.noise.device):
             parts = [encode_prompts(models, self.prompts[i : i + 32]) for i in range(0, len(self.prompts), 32)]
             c = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -2369,20 +2380,27 @@ class Sampler:
         if models.family.has_time_ids:
             self.c["time_ids"] = size_ids(*size, len(self.noise), self.noise.device)
 
-    def chunks(self):
-        """Yields (noise, c) of a few pictures at a time. Raises Stopped after a signal."""
-        for start in range(0, len(self.noise), self.chunk):
-            if self.run.stop_signal:
+    def chunks(self, title):
+        """Yields (noise, c) of a few pictures of this rank at a time. Raises Stopped after a signal to any rank, for
+        which all have as many turns, with pictures or without.
+        """
+        rank, ranks = self.run.accelerator.process_index, self.run.accelerator.num_processes
+        turns = math.ceil(len(self.noise) / self.chunk / ranks)
+        own = range(rank * turns, (rank + 1) * turns)
+        for turn in tqdm(own, title, leave=False, delay=2, unit="batch", disable=rank > 0):
+            if wait_for_all(self.run):
                 raise Stopped
-            part = slice(start, start + self.chunk)
-            yield self.noise[part], {name: value[part] for name, value in self.c.items()}
+            part = slice(turn * self.chunk, (turn + 1) * self.chunk)
+            if len(self.noise[part]):
+                yield self.noise[part], {name: value[part] for name, value in self.c.items()}
 
     def images(self, *what, **options):
-        """All that `parts` yields, as one tensor."""
-        return torch.cat(list(self.parts(*what, **options)))
+        """All that `parts` yields on all ranks, as one tensor: on rank 0, else None."""
+        return gather_parts(self.run, list(self.parts(*what, **options)))
 
     def parts(self, name, steps, stock=False):
-        """Yields pictures of `teacher`, `untrained` (the teacher as consistency function) or one of the NETWORKS.
+        """Yields this rank's pictures of `teacher`, `untrained` (the teacher as consistency function) or one of the
+        NETWORKS.
 
         All are guided as the pipelines do: by the embedding of a network that has one, else classifier-free.
         """
@@ -2398,8 +2416,7 @@ class Sampler:
         else:
             scheduler.set_timesteps(steps, device=self.noise.device)
             timesteps = scheduler.timesteps.tolist()
-        total = math.ceil(len(self.noise) / self.chunk)
-        for noise, c in tqdm(self.chunks(), f"{name}, {steps} steps", total, leave=False, delay=2, unit="batch"):
+        for noise, c in self.chunks(f"{name}, {steps} steps"):
             given = {"c": c, "w": torch.full((len(noise),), scale - 1, device=noise.device)}
             if stock:
                 x_0 = sample_stock(net, scheduler, noise, steps, args=args, **given)
@@ -2414,19 +2431,19 @@ class Sampler:
 
 def validate(run):
     """Logs pictures of the exported student beside the teacher's, and how far each network's are from its 50 steps."""
-    if run.accelerator.is_main_process:
-        # not compiled: its batches are others than those of training, which would be compiled anew for any size
-        eagerly, vae = torch.compiler.set_stance("force_eager"), lent(run.models.vae, run.accelerator.device)
-        with contextlib.suppress(Stopped), eagerly, vae, without_dropout(run.nets):
-            for index, size in enumerate(run.args.validation_resolutions):
-                validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
+    # not compiled: its batches are others than those of training, which would be compiled anew for any size
+    eagerly, vae = torch.compiler.set_stance("force_eager"), lent(run.models.vae, run.accelerator.device)
+    with contextlib.suppress(Stopped), eagerly, vae, without_dropout(run.nets):
+        for index, size in enumerate(run.args.validation_resolutions):
+            validate_size(run, size, f"-{size[0]}x{size[1]}" if index else "")
     wait_for_all(run)
 
 
 def validate_size(run, size, suffix):
     """Validates at a (width, height). Pictures of all but the first size carry the size as a `suffix`.
 
-    A student that began --from_scratch has no reference: only its pictures are drawn.
+    Collective: the ranks share the drawing. A student that began --from_scratch has no reference: only its pictures
+    are drawn.
     """
     args, steps, images = run.args, run.args.validation_num_inference_steps, run.references.setdefault(suffix, {})
     with contextlib.ExitStack() as stack:
@@ -2454,6 +2471,21 @@ def validate_size(run, size, suffix):
                     kept["target", k] = kept["student", k]
             else:
                 keep_pictures(run, images, "target", k, exported)  # as the figures call it
+    few, first = copy.copy(sampler), rows * sampler.seeds
+    few.noise, few.c = sampler.noise[first], {name: value[first] for name, value in sampler.c.items()}
+    few.chunk = BATCH  # for any number of ranks: the scheduler's noise is that of a batch
+    drawn = {f"student {k}": few.images(exported, k, stock=True) for k in steps}
+    if run.accelerator.is_main_process:
+        report(run, size, suffix, metrics, drawn)
+
+
+def report(run, size, suffix, metrics, drawn):
+    """Logs what was found at a size, the `metrics` and what follows from the pictures, and their grid: with {title:
+    images} as they were `drawn` by the stock scheduler.
+    """
+    args, steps, images = run.args, run.args.validation_num_inference_steps, run.references[suffix]
+    sampler, rows = images["sampler"], images["rows"]
+    if not args.from_scratch:
         found = fidelity(images, steps, {"": range(len(sampler.prompts)), **sampler.groups}, sampler.seeds)
         metrics |= {key.replace("fidelity", f"fidelity{suffix}", 1): value for key, value in found.items()}
         print_fidelity(found, steps, sampler, size, args)
@@ -2462,9 +2494,7 @@ def validate_size(run, size, suffix):
     start = "teacher" if METHOD.has_teacher else "start"
     titles = {("teacher", k): f"{start} {k}" for k in (50, 4, 2, 1)} | {("untrained", 1): "untrained 1"}
     pictures = {title: images["shown"][key] for key, title in titles.items() if key in images["shown"]}
-    few, first = copy.copy(sampler), rows * sampler.seeds
-    few.noise, few.c = sampler.noise[first], {name: value[first] for name, value in sampler.c.items()}
-    pictures |= {f"student {k}": to_bytes(few.images(exported, k, stock=True)) for k in steps}
+    pictures |= {title: to_bytes(each) for title, each in drawn.items()}
     grid = draw_grid(pictures, [sampler.prompts[row] for row in rows])
     path = Path(args.output_dir, "validation", f"step-{run.step}{suffix}.png")
     path.parent.mkdir(exist_ok=True)
@@ -2481,16 +2511,17 @@ def to_bytes(pictures):
 
 
 def keep_pictures(run, images, name, k, network):
-    """Draws the pictures of a network at k steps, and keeps those that are shown, and of all what figures need of them.
+    """Draws the pictures of a network at k steps, and keeps on rank 0 (None elsewhere) those that are shown, and of all
+    what figures need of them.
 
-    Whole stay only the teacher's of 50 steps, the `reference`, which are drawn first.
+    Whole stay only the teacher's of 50 steps, the `reference`, which are drawn first: on each rank its own.
     """
-    sampler, vae = images["sampler"], run.models.vae
-    pictures = torch.cat([to_bytes(part) for part in sampler.parts(network, k)])
-    reference = images.setdefault("reference", pictures)
-    images["shown"][name, k] = pictures[images["rows"] * sampler.seeds]
-    images["pairs"][name, k] = compare_pairs(pictures, reference)
-    images["looks"][name, k] = vae_statistics(vae, pictures, run.args.vae_encode_batch_size)
+    sampler, chunk = images["sampler"], run.args.vae_encode_batch_size
+    parts = [to_bytes(part) for part in sampler.parts(network, k)]
+    pairs = [compare_pairs(*pair) for pair in zip(parts, images.setdefault("reference", parts), strict=True)]
+    looks = [vae_statistics(run.models.vae, part, chunk) for part in parts]
+    pictures, images["pairs"][name, k], images["looks"][name, k] = (gather_parts(run, x) for x in (parts, pairs, looks))
+    images["shown"][name, k] = None if pictures is None else pictures[images["rows"] * sampler.seeds]
 
 
 def fidelity(images, steps, groups, seeds):
@@ -2508,20 +2539,17 @@ def fidelity(images, steps, groups, seeds):
     return metrics | feature_distances(images["looks"], steps, groups, seeds)
 
 
-def compare_pairs(pictures, references, chunk=8):
+def compare_pairs(pictures, references):
     """PSNR in dB, <∇picture, ∇reference> and <∇reference, ∇reference> of each pair of uint8, float32 (pictures, 3).
 
     The ratio of the products is the share of the reference's edges that a picture has: below 1 where it is blurred or
     they are elsewhere, above 1 where it is sharper. Speckle, which raises the mean gradient, adds nothing on average.
     """
-    found = []
-    for a, b in zip(pictures.split(chunk), references.split(chunk), strict=True):
-        a, b = a / 255, b / 255
-        gradients = [(a.diff(dim=dim), b.diff(dim=dim)) for dim in (2, 3)]
-        products = [sum((pair[i] * pair[1]).mean(dim=(1, 2, 3)) for pair in gradients) for i in (0, 1)]
-        psnr = -10 * (a - b).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
-        found.append(torch.stack([psnr, *products], dim=1))
-    return torch.cat(found)
+    a, b = pictures / 255, references / 255
+    gradients = [(a.diff(dim=dim), b.diff(dim=dim)) for dim in (2, 3)]
+    products = [sum((pair[i] * pair[1]).mean(dim=(1, 2, 3)) for pair in gradients) for i in (0, 1)]
+    psnr = -10 * (a - b).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
+    return torch.stack([psnr, *products], dim=1)
 
 
 @torch.no_grad()
@@ -3022,7 +3050,7 @@ def public_args(args):
 def make_accelerator(args):
     """Starts the processes' communication, logging and trackers."""
     config = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
-    # rank 0 validates, saves and exports alone for longer than the ten minutes that a process group waits for it;
+    # rank 0 saves and exports alone for longer than the ten minutes that a process group waits for it;
     # gradients lie in DDP's buckets; a compiled U-Net is cut at each bucket's end: one bucket for all of them then
     process_group = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False,

@@ -620,7 +620,7 @@ def test_gap_along_trajectories_is_the_mean_square_to_the_last(ct):
     answers = iter([3.0, -1.0, 1.0, 0.0, 2.0, 2.0])
     net = ct.Denoiser.__new__(ct.Denoiser)
     path = [(torch.full((2,), t), randn(seed=t)[:2]) for t in (900, 500, 100)]
-    run = SimpleNamespace(nets={"student": net}, args=None, models=SimpleNamespace(schedule=schedule))
+    run = SimpleNamespace(nets={"student": net}, args=None, models=SimpleNamespace(schedule=schedule), host_group=None)
     images = {"trajectory": [(randn(seed=9), path), (randn(seed=8), path)]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ct, "predict_x0", lambda *_: torch.full((2, 1), next(answers)))

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -502,6 +503,44 @@ def test_two_processes(case, teacher, shards, tmp_path):
     assert {path.name for path in whole.iterdir()} == case.exported(whole) | more
 
 
+# prompts, seeds, and the pictures that the second of two processes draws at once: batches of one process, then smaller
+# ones, then fewer pictures than processes; with the stock scheduler always the batches of one process
+SHARES = [(9, 2, {2, 1}), (3, 1, {1}), (1, 1, set())]
+
+
+@over([LCM, LCM_XL_LORA, "train_ct"], "prompts, seeds, second",
+      {LCM: SHARES, LCM_XL_LORA: SHARES[:1], "train_ct": SHARES[1:2]})  # fmt: skip
+def test_two_processes_share_a_validation(
+    case, script, straight, teacher, shards, tmp_path, monkeypatch, prompts, seeds, second
+):
+    """Of one checkpoint they have the figures and the pictures of a single process."""
+    flags = ["--num_validation_images", str(seeds), "--validation_num_inference_steps", "1", "2", *case.flags,
+             "--resume_from_checkpoint", "latest", "--validation_prompts", *"abcdefghi"[:prompts]]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    for output in (one, two):
+        shutil.copytree(straight / "checkpoint-4", output / "checkpoint-4")
+
+    def spoil(script):
+        plain, drawn = script.decode_latents, []
+        script.decode_latents = lambda vae, latents, chunk: drawn.append(len(latents)) or plain(vae, latents, chunk)
+
+        def train(run):
+            script.validate(run)
+            Path(f"{two}-drawn-{run.accelerator.process_index}").write_text(json.dumps(drawn))
+
+        script.train = train
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train", script.validate)
+        run_main(script, tiny_args(teacher, shards, one, *flags))
+    run_two(case.name, tiny_args(teacher, shards, two, *flags), spoil)
+    assert set(json.loads(Path(f"{two}-drawn-1").read_text())) == second
+    (expected,), (found,) = read_metrics(one), read_metrics(two)
+    assert found == pytest.approx(expected, rel=1e-3, abs=0.02)  # rounding alone
+    expected, found = (np.asarray(Image.open(output / "validation" / "step-4.png"), float) for output in (one, two))
+    np.testing.assert_allclose(found, expected, atol=2)
+
+
 # ---------------------------------------------------------------------------------------------------------- faults
 
 
@@ -548,6 +587,37 @@ def test_two_processes_stop_together(case, teacher, shards, tmp_path, capfd):
     run_two(case.name, tiny_args(teacher, shards, tmp_path, *case.flags), spoil, (143, 143))
     assert "left" not in capfd.readouterr().out
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("code, said", [
+    pytest.param(1, "a fault of the second process alone", id="an error"), pytest.param(143, "", id="a signal")
+])  # fmt: skip
+@over([LCM])
+def test_a_validation_that_the_second_process_ends(case, teacher, shards, tmp_path, capfd, code, said):
+    """An error ends both with their lines, a signal with a checkpoint of the next
+    step, and without pictures.
+    """
+
+    def spoil(script):
+        plain = script.decode_latents
+
+        def decode_latents(vae, latents, chunk):
+            if len(latents) == 2 and said:  # the last of 18 pictures, which are the second's
+                script.fail(said)
+            if len(latents) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(vae, latents, chunk)
+
+        script.decode_latents = decode_latents
+
+    flags = ["--validation_steps", "4", *QUICK_VALIDATION, "--num_validation_images", "18", *case.flags]
+    run_two(case.name, tiny_args(teacher, shards, tmp_path, *flags), spoil, (code, code))
+    assert not (tmp_path / "validation").exists()
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ([] if said else ["checkpoint-1"])
+    if said:
+        assert sorted(re.findall("error: .*|Traceback", capfd.readouterr().err)) == [
+            f"error: {said}", "error: another process of this run has ended: see its error, and go on with "
+            "--resume_from_checkpoint latest"]  # fmt: skip
 
 
 SIGNALS = [pytest.param(signal.SIGTERM, 143, id="SIGTERM"), pytest.param(signal.SIGINT, 130, id="SIGINT")]
