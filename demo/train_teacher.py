@@ -73,7 +73,7 @@ def parse_args(argv=None):
         help="how often the U-Net sees the full caption, the one without its style, the category, none",
     )
     parser.add_argument("--kl_weight", type=float, default=1e-3)
-    parser.add_argument("--snr_gamma", type=float, default=1.0)
+    parser.add_argument("--snr_gamma", type=float, default=5.0)
     parser.add_argument("--flip_probability", type=float, default=0.0, help="of mirrored pictures, for the U-Net")
     parser.add_argument("--unet_widths", type=int, nargs=3, default=(64, 96, 144))
     parser.add_argument("--vae_ema", type=float, default=0.998)
