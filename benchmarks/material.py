@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from pipelines import SCALES, make_pipeline
+from pipelines import SCALES, make_pipeline, settle
 
 
 def fractal(rng, side, exponent):
@@ -78,7 +78,7 @@ def make_shards(folder, shards, images, sides):
         with ProcessPoolExecutor(min(shards, os.cpu_count())) as pool:
             paths = [temporary / f"{shard:05}.tar" for shard in range(shards)]
             list(pool.map(make_shard, paths, [images] * shards, [sides] * shards, range(shards)))
-        temporary.rename(final)
+        settle(temporary, final)
     return str(final / ("{00000..%05d}.tar" % (shards - 1)))
 
 

@@ -7,6 +7,7 @@ size that two CPU cores train in seconds a step; its VAE encoding costs 0.73 of 
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -59,6 +60,16 @@ def random_model(build, seed):
         else:
             parameter.fill_(float(name.endswith("weight")))
     return model.eval()
+
+
+def settle(temporary, final):
+    """Renames a finished folder to its place; where another process was first, that one's stays."""
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(temporary)
 
 
 def make_tokenizer(folder):
@@ -128,5 +139,5 @@ def make_pipeline(folder, scale, weights=True):
         pipeline.save_pretrained(temporary)
     else:
         save_configs(pipeline, temporary)
-    temporary.rename(final)
+    settle(temporary, final)
     return str(final)

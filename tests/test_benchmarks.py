@@ -235,3 +235,15 @@ def test_gpu_check_uses_flags_that_exist():
     flags = set(re.findall(r"(?<=\s)--(?:no-)?([a-z0-9_]+)", text)) - {"format", "query"}
     assert flags and {flag for flag in flags if f'"--{flag}"' not in source} == set()
     assert all(Path(BENCHMARKS, name).is_file() for name in re.findall(r"benchmarks/(\w+\.py)", text))
+
+
+def test_what_another_process_made_first_stays(tmp_path):
+    first, second, final = (tmp_path / name for name in ("first", "second", "final"))
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "from").write_text(folder.name)
+        material_module.settle(folder, final)
+    assert (final / "from").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    with pytest.raises(FileNotFoundError):
+        material_module.settle(tmp_path / "missing", tmp_path / "elsewhere")
