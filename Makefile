@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.PHONY: test lint demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-progressive demo-ct demo-evaluate clean
+.PHONY: test lint demo demo-lcm demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-progressive demo-ct demo-evaluate clean
 
 # the tests run side by side, where threads that spin while they wait make everything else crawl
 test: export OMP_WAIT_POLICY := PASSIVE
@@ -19,15 +19,15 @@ lint: .venv/installed
 	$(PYTHON) tools/copies.py
 
 # each distils the demo teacher with demo/<method>.args into demo/output-<method>
-demo-lcm demo-long: SCRIPT := train_lcm_distill_sd_wds.py
+demo-lcm: SCRIPT := train_lcm_distill_sd_wds.py
 demo-tcd: SCRIPT := train_tcd_distill_sd_wds.py
 demo-tcd-lora: SCRIPT := train_tcd_distill_lora_sd_wds.py
 demo demo-cd4 demo-cd1: SCRIPT := train_cd_multiboundary.py
 demo-ct: SCRIPT := train_ct.py
 # a demo runs alone: threads that spin for some microseconds make it 15 to 60 % faster than none
-demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-progressive demo-ct: export GOMP_SPINCOUNT := 20000
+demo demo-lcm demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-progressive demo-ct: export GOMP_SPINCOUNT := 20000
 
-demo demo-lcm demo-long demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct: .venv/installed
+demo demo-lcm demo-tcd demo-tcd-lora demo-cd4 demo-cd1 demo-ct: .venv/installed
 	rm -rf $(@:demo%=demo/output%)
 	$(PYTHON) $(SCRIPT) @demo/$(@:demo-%=%).args
 	cp $(@:demo%=demo/output%)/samples.png $(@:demo%=demo/output%)/comparison.png
