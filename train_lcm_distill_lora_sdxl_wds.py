@@ -2073,7 +2073,8 @@ def set_aside(run):
     names = (output / f"set-aside-{number}" for number in itertools.count(1))
     folder = next(name for name in names if not name.exists())
     folder.mkdir()
-    for path in later:
+    pictures = output.glob("validation/step-[0-9]*.png")
+    for path in [*later, *(path for path in pictures if int(re.search(r"\d+", path.name)[0]) > run.step)]:
         path.rename(folder / path.name)
     if metrics.is_file():
         shutil.copyfile(metrics, folder / metrics.name)
@@ -2201,12 +2202,13 @@ def open_repository(args):
 
 
 def publish(run, patterns):
-    """Adds the last sample grid and the model card to what was exported, and uploads that and nothing else."""
+    """Adds the pictures of these weights and the model card to what was exported; uploads that and nothing else."""
     args, output = run.args, Path(run.args.output_dir)
-    grids = [path for path in output.glob("validation/step-*.png") if path.stem[5:].isdigit()]
-    if grids := sorted(grids, key=lambda path: int(path.stem[5:])):
-        shutil.copyfile(grids[-1], output / "samples.png")
-    (output / "README.md").write_text(model_card(run, bool(grids)), encoding="utf-8")
+    grid = output / "validation" / f"step-{run.step}.png"  # any others are of other weights
+    (output / "samples.png").unlink(missing_ok=True)
+    if grid.is_file():
+        shutil.copyfile(grid, output / "samples.png")
+    (output / "README.md").write_text(model_card(run, grid.is_file()), encoding="utf-8")
     share(output.rglob("*.safetensors"), output / "README.md")
     if args.push_to_hub:
         try:

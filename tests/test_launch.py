@@ -5,6 +5,7 @@ earlier checkpoint, trackers, the gradient scaler, memory. CUDA's part is simula
 import datetime
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -152,6 +153,24 @@ def test_a_second_run_in_a_folder_without_checkpoints(train, tmp_path, capsys):
     train(output, "--checkpointing_steps", "0", "--max_train_steps", "1")
     assert (output / "set-aside-1" / "metrics.jsonl").read_text() == before
     assert "set-aside-1" in capsys.readouterr().err and len(read_losses(output)) == 1
+
+
+def test_pictures_of_an_earlier_run_are_not_those_of_the_card(lcm, train, tmp_path, monkeypatch):
+    def validate(run):
+        path = Path(run.args.output_dir, "validation", f"step-{run.step}.png")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{run.args.max_train_steps} {run.step}")
+
+    monkeypatch.setattr(lcm, "validate", validate)
+    output, flags = tmp_path / "run", ["--checkpointing_steps", "0", "--max_train_steps"]
+    for steps in ("2", "1"):
+        train(output, *flags, steps, "--validation_steps", "1")
+        assert (output / "samples.png").read_text() == f"{steps} {steps}"
+    pictures = {path.name: path.read_text() for path in output.rglob("step-*.png")}
+    assert pictures == {"step-0.png": "1 0", "step-1.png": "1 1", "step-2.png": "2 2"}
+    assert (output / "set-aside-1" / "step-2.png").is_file()
+    train(output, *flags, "1")
+    assert not (output / "samples.png").exists() and "samples.png" not in (output / "README.md").read_text()
 
 
 def test_fewer_steps_than_the_checkpoint_has(train, tmp_path, capsys):
