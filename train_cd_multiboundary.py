@@ -873,6 +873,9 @@ def load_unets(args, family, dtype):
         return base, base, base, base, add_adapters(base, args, family)
     teacher = load_unet(args, torch.float32)
     source = load_part(UNet2DConditionModel, args.init_from, subfolder="unet") if args.init_from else teacher
+    for name in ("cross_attention_dim", "projection_class_embeddings_input_dim"):
+        if (found := source.config[name]) != (wanted := teacher.config[name]):
+            raise ValueError(f"the {name} of {args.init_from} is {found}, that of the teacher {wanted}")
     student = make_student(source, args)
     target = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
     average = copy.deepcopy(student).requires_grad_(False).eval() if args.export_ema_decay else target
