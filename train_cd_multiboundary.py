@@ -1205,7 +1205,7 @@ def starting_model(run):
     models, args = run.models, run.args
     path, source = (args.init_from, {"subfolder": "unet"}) if args.init_from else hub_source(args, "unet")
     unet = load_part(UNet2DConditionModel, path, **source)
-    unet.to(run.accelerator.device, models.vae.dtype).eval()
+    unet.to(run.accelerator.device, DTYPES[run.accelerator.mixed_precision]).eval()
     run.nets["teacher"] = Denoiser(unet, unet, models.family)
     try:
         yield

@@ -421,6 +421,8 @@ def consistency_gap(run, images, levels=8):
     if "paths" not in images:
         stream = run.reader.stream
         batch = next(iter(ShardStream(stream.urls, args, shapes=stream.shapes)))  # of its own: training's is untouched
+        if "error" in batch:
+            fail(batch["error"])
         generator = torch.Generator(device).manual_seed(args.seed)
         x_0, c = encode_batch(run, batch, generator)
         images["paths"] = x_0, torch.randn(x_0.shape, generator=generator, device=device), c
@@ -1332,7 +1334,7 @@ def starting_model(run):
     models, args = run.models, run.args
     path, source = (args.init_from, {"subfolder": "unet"}) if args.init_from else hub_source(args, "unet")
     unet = load_part(UNet2DConditionModel, path, **source)
-    unet.to(run.accelerator.device, models.vae.dtype).eval()
+    unet.to(run.accelerator.device, DTYPES[run.accelerator.mixed_precision]).eval()
     run.nets["teacher"] = Denoiser(unet, unet, models.family)
     try:
         yield
