@@ -2384,17 +2384,18 @@ class Sampler:
         if models.family.has_time_ids:
             self.c["time_ids"] = size_ids(*size, len(self.noise), self.noise.device)
 
+    def own(self):
+        """The slices of the pictures that this rank draws, one a turn: all ranks have as many, some of them empty."""
+        turns = math.ceil(len(self.noise) / self.chunk / self.run.accelerator.num_processes)
+        first = turns * self.run.accelerator.process_index
+        return [slice(turn * self.chunk, (turn + 1) * self.chunk) for turn in range(first, first + turns)]
+
     def chunks(self, title):
-        """Yields (noise, c) of a few pictures of this rank at a time. Raises Stopped after a signal to any rank, for
-        which all have as many turns, with pictures or without.
-        """
-        rank, ranks = self.run.accelerator.process_index, self.run.accelerator.num_processes
-        turns = math.ceil(len(self.noise) / self.chunk / ranks)
-        own = range(rank * turns, (rank + 1) * turns)
-        for turn in tqdm(own, title, leave=False, delay=2, unit="batch", disable=rank > 0):
+        """Yields (noise, c) of each of its `own` slices. Raises Stopped after a signal to any rank."""
+        hidden = not self.run.accelerator.is_main_process
+        for part in tqdm(self.own(), title, leave=False, delay=2, unit="batch", disable=hidden):
             if wait_for_all(self.run):
                 raise Stopped
-            part = slice(turn * self.chunk, (turn + 1) * self.chunk)
             if len(self.noise[part]):
                 yield self.noise[part], {name: value[part] for name, value in self.c.items()}
 
@@ -2524,8 +2525,10 @@ def keep_pictures(run, images, name, k, network):
     parts = [to_bytes(part) for part in sampler.parts(network, k)]
     pairs = [compare_pairs(*pair) for pair in zip(parts, images.setdefault("reference", parts), strict=True)]
     looks = [vae_statistics(run.models.vae, part, chunk) for part in parts]
-    pictures, images["pairs"][name, k], images["looks"][name, k] = (gather_parts(run, x) for x in (parts, pairs, looks))
-    images["shown"][name, k] = None if pictures is None else pictures[images["rows"] * sampler.seeds]
+    is_shown = np.isin(np.arange(len(sampler.noise)), images["rows"] * sampler.seeds)
+    shown = [part[is_shown[own]] for part, own in zip(parts, sampler.own(), strict=False)]
+    for kept, found in {"pairs": pairs, "looks": looks, "shown": shown}.items():
+        images[kept][name, k] = gather_parts(run, found)
 
 
 def fidelity(images, steps, groups, seeds):

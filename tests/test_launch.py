@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -347,11 +348,12 @@ def test_letters_beyond_ascii_have_shapes(lcm, caplog):
 
 
 def test_a_grid_shows_nine_of_many_prompts(lcm, start, monkeypatch, tmp_path):
-    """From the first to the last, each beside its own pictures."""
+    """From the first to the last, each beside its own pictures; no others travel between processes."""
     (tmp_path / "many.txt").write_text("\n".join(f"a {number}" for number in range(25)))
     flags = "--num_validation_images 1 --validation_num_inference_steps 1 --validation_prompts".split()
-    run, drawn = start(*flags, str(tmp_path / "many.txt")), []
+    run, drawn, gathered = start(*flags, str(tmp_path / "many.txt")), [], Mock(wraps=lcm.gather_parts)
     picture = lcm.Image.new("L", (1, 1))
+    monkeypatch.setattr(lcm, "gather_parts", gathered)
     monkeypatch.setattr(lcm, "draw_grid", lambda *given: drawn.append(given) or picture)
     lcm.validate_size(run, [16, 16], "")
     columns, prompts = drawn[0]
@@ -359,4 +361,6 @@ def test_a_grid_shows_nine_of_many_prompts(lcm, start, monkeypatch, tmp_path):
     assert prompts == [f"a {row}" for row in rows]
     assert torch.equal(columns["teacher 50"], torch.cat(run.references[""]["reference"])[rows])
     assert all(len(pictures) == 9 for pictures in columns.values())
+    given = [torch.cat(call.args[1]) for call in gathered.call_args_list]
+    assert {len(each) for each in given if each.ndim == 4} == {9} and {len(each) for each in given} == {9, 25}
     run.reader.close()
