@@ -1200,8 +1200,7 @@ def encode_images(vae, pixel_values, chunk):
 def decode_latents(vae, latents, chunk):
     """Latents → images in [0, 1], float32 (batch, 3, height, width)."""
     scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-    with lent(vae, latents.device):
-        images = torch.cat([vae.decode(part).sample.float() for part in scaled.split(chunk)])
+    images = torch.cat([vae.decode(part).sample.float() for part in scaled.split(chunk)])
     return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -2314,7 +2313,8 @@ def load_prompts(args):
         lines = [entry]
         if entry.endswith(".txt"):
             try:
-                lines = [line.strip() for line in Path(entry).read_text(encoding="utf-8").splitlines() if line.strip()]
+                text = Path(entry).read_text(encoding="utf-8-sig")  # with or without the mark that Windows sets
+                lines = [line.strip() for line in text.splitlines() if line.strip()]
             except (OSError, ValueError) as error:
                 fail(f"--validation_prompts: {entry} cannot be read: {getattr(error, 'strerror', None) or error}")
             if not lines:
@@ -2469,15 +2469,13 @@ def validate_size(run, size, suffix):
                                 "%d", LEAST_SET, count)  # fmt: skip
         metrics = {f"{name}{suffix}": value for name, value in extra_validation(run, images).items()}
     sampler, rows, exported = images["sampler"], images["rows"], chosen_networks(args.export_ema_decay)[-1]
-    if not args.from_scratch:
-        student, other = ((net.base, net.adapter) for net in (run.nets["student"], run.nets[exported]))
-        for k in steps:
-            keep_pictures(run, images, "student", k, "student")
-            if student == other:  # without averages
-                for kept in (images["shown"], images["pairs"], images["looks"]):
-                    kept["target", k] = kept["student", k]
-            else:
-                keep_pictures(run, images, "target", k, exported)  # as the figures call it
+    for k in () if args.from_scratch else steps:
+        keep_pictures(run, images, "student", k, "student")
+        if args.ema_decay or args.export_ema_decay:
+            keep_pictures(run, images, "target", k, exported)  # as the figures call it
+        else:
+            for kept in (images["pairs"], images["looks"]):
+                kept["target", k] = kept["student", k]
     few, first = copy.copy(sampler), rows * sampler.seeds
     few.noise, few.c = sampler.noise[first], {name: value[first] for name, value in sampler.c.items()}
     few.chunk = BATCH  # for any number of ranks: the scheduler's noise is that of a batch
@@ -3131,6 +3129,8 @@ def check_guidance(args, student):
 
 def start_run(args, accelerator):
     """Checks the inputs, loads models, data and checkpoint, and returns the Run."""
+    load_prompts(args)
+    urls = expand_shards(args.train_shards_path_or_url)
     if os.path.isfile(args.pretrained_teacher_model):
         if accelerator.is_main_process:
             unpack_teacher(args)
@@ -3138,8 +3138,6 @@ def start_run(args, accelerator):
     teacher = check_teacher(args)
     if args.use_fix_crop_and_size and not teacher.family.has_time_ids:
         logger.warning("--use_fix_crop_and_size is for SDXL, and not used with %s", teacher.family.name)
-    load_prompts(args)
-    urls = expand_shards(args.train_shards_path_or_url)
     checkpoint = find_checkpoint(args)
     shapes = {"time_ids": (6,)} if teacher.family.has_time_ids else {}
     found = [check_shards(urls, args, shapes) if accelerator.is_main_process else None]
