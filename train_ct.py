@@ -322,7 +322,9 @@ def draw(x_0, schedule, args, generator, step):
     eps = torch.randn(x_0.shape, generator=generator, device=device)
     t, r = curriculum(schedule, args, step)
     uniform = torch.rand(batch, generator=generator, device=device)
-    index = torch.searchsorted(probabilities(schedule, t, args).cumsum(0), uniform).clamp_max(len(t) - 1)
+    # whole numbers, since CUDA has no deterministic cumulative sum of others
+    mass = (probabilities(schedule, t, args).double() * 2**52).long().cumsum(0)
+    index = torch.searchsorted(mass / 2**52, uniform).clamp_max(len(t) - 1)
     return Draws(eps, t[index], r[index], generator.initial_seed())
 
 

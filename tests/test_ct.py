@@ -40,6 +40,7 @@ from test_maths import (
     random_c,
     scalings64,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 LORA = [*LORA_FLAGS]
@@ -254,6 +255,21 @@ def test_draws_follow_the_probabilities(ct, sampling):
     assert all(pairs[time] == low for time, low in zip(one.t.tolist(), one.r.tolist(), strict=True))
     later = ct.draw(x_0, schedule, args, torch.Generator().manual_seed(1), 250)
     assert len({*later.t.tolist()}) == 40  # the step decides, not how often this was called
+
+
+class WithoutSums(TorchDispatchMode):
+    """Refuses what CUDA refuses with --deterministic: a cumulative sum of other than whole numbers."""
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        assert func.overloadpacket is not torch.ops.aten.cumsum or not args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("discretization", ["fixed", "ict", "ect"])
+def test_draws_are_deterministic_on_a_gpu(ct, discretization):
+    args, schedule = parse(ct, "--discretization", discretization, "--max_train_steps", "800"), make_schedule(ct)
+    with WithoutSums():
+        ct.draw(torch.zeros(4, 1, 1, 1), schedule, args, torch.Generator().manual_seed(0), 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the loss
