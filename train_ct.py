@@ -2134,13 +2134,13 @@ def save_checkpoint(run):
 
 
 def read_checkpoint(path):
-    """Returns the state of a checkpoint folder with its tensors. Raises anything if a file is missing or damaged."""
+    """A checkpoint folder's state, and its tensors, mapped. Raises anything if a file is missing or damaged."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if missing := {"step", "args", "skipped", "lr_scheduler", "history", "scaler", "stream"} - {*state}:
         raise ValueError(f"state.json has no {', '.join(sorted(missing))}")
     names = chosen_networks(state["args"].get("export_ema_decay"))
     networks = {name: load_file(path / f"{name}.safetensors") for name in names}
-    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
     return {**state, **networks, "optimizer": optimizer, "path": path}
 
 
@@ -3303,8 +3303,8 @@ def start_run(args, accelerator):
     args.encoded_shards, args.bucketed_shards = broadcast_object_list(found)[0]
     if args.max_train_steps is None:
         images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        samples = args.max_train_samples or count_samples(urls, args)
-        args.max_train_steps = args.num_train_epochs * math.ceil(samples / images)
+        samples = args.max_train_samples or accelerator.is_main_process and count_samples(urls, args)
+        args.max_train_steps = args.num_train_epochs * math.ceil(broadcast_object_list([samples])[0] / images)
     args.lr_scheduler = args.lr_scheduler or "cosine"
     if args.lr_warmup_steps is None:
         args.lr_warmup_steps = min(500, args.max_train_steps // 10)
