@@ -1217,11 +1217,6 @@ def encode_uncond(models, text):
     return {name: value * (not are_zero) for name, value in encode_prompts(models, [text]).items()}
 
 
-def size_ids(width, height, count, device):
-    """Time ids (count, 6) of pictures that were neither resized nor cropped."""
-    return torch.tensor([[height, width, 0, 0, height, width]], device=device).expand(count, -1)
-
-
 def find_empty(models, urls):
     """Conditioning of the empty prompt, (1, …), as the encoded shards came with or as the text encoders give it.
 
@@ -1505,9 +1500,9 @@ def load_image(data, resolution, resample):
     return image if image.size == resized else image.resize(resized, resample), size
 
 
-def decode_text(data):
+def decode_text(data, errors="replace"):
     """Text of bytes in UTF-8, or in UTF-16 where they begin as it does; what is neither becomes U+FFFD."""
-    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors)
 
 
 def caption_texts(value):
@@ -1846,8 +1841,7 @@ def expand_shards(patterns):
         is_list, lines = pattern.endswith(".txt") and not pattern.startswith("pipe:"), [pattern]
         try:
             if is_list:
-                data = Path(pattern).read_bytes()
-                lines = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
+                lines = decode_text(Path(pattern).read_bytes(), "strict").splitlines()
                 lines = [re.sub(r"^(['\"])(.*)\1$", r"\2", line.strip()) for line in lines]
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
@@ -2307,8 +2301,8 @@ def load_prompts(args):
         lines = [entry]
         if entry.endswith(".txt"):
             try:
-                text = Path(entry).read_text(encoding="utf-8-sig")  # with or without the mark that Windows sets
-                lines = [line.strip() for line in text.splitlines() if line.strip()]
+                lines = decode_text(Path(entry).read_bytes(), "strict").splitlines()
+                lines = [line.strip() for line in lines if line.strip()]
             except (OSError, ValueError) as error:
                 fail(f"--validation_prompts: {entry} cannot be read: {getattr(error, 'strerror', None) or error}")
             if not lines:
@@ -2377,8 +2371,9 @@ class Sampler:
             c = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             self.uncond = encode_uncond(models, args.validation_negative_prompt)
         self.c = {name: value.repeat_interleave(self.seeds, dim=0) for name, value in c.items()}
-        if models.family.has_time_ids:
-            self.c["time_ids"] = size_ids(*size, len(self.noise), self.noise.device)
+        if models.family.has_time_ids:  # neither resized nor cropped
+            ids = torch.tensor([[*size[::-1], 0, 0, *size[::-1]]], device=self.noise.device)
+            self.c["time_ids"] = ids.expand(len(self.noise), -1)
 
     def own(self):
         """The slices of the pictures that this rank draws, one a turn: all ranks have as many, some of them empty."""
@@ -2837,7 +2832,7 @@ def add_training_args(parser):
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-steps in an optimizer step")
     add("--num_train_epochs", type=number(int, 1), default=100, help="epochs, where --max_train_steps is not given")
     add("--max_train_steps", type=number(int, 1), help="optimizer steps in all")
-    add("--learning_rate", type=number(float, 0), help="peak learning rate (default: 8e-6, of a LoRA 1e-4)")
+    add("--learning_rate", type=number(float, 0), help="peak learning rate (default: 8e-6, of a LoRA 1e-4, prodigy 1)")
     add("--scale_lr", action="store_true", help="multiply it by batch size × accumulation × processes")
     add("--lr_scheduler", choices=LR_SCHEDULERS, help="of the learning rate, over --max_train_steps (default: cosine, "
         "to 0: a rate that stays high ends in poorer pictures; or as the run that is resumed had it)")  # fmt: skip
@@ -2986,7 +2981,7 @@ def parse_args(argv=None):
     if args.use_8bit_adam:
         args.optimizer = "adamw8bit"
     if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.lora_rank else 8e-6
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4 if args.lora_rank else 8e-6
     if args.init_from and args.lora_rank:
         args.init_lora = args.init_from
     if args.cast_teacher_unet is None:

@@ -191,8 +191,9 @@ def test_prompts_that_are_none(start, tmp_path, text, message):
         start("--validation_prompts", str(tmp_path / "prompts.txt"))
 
 
-def test_prompts_as_windows_writes_them(script, tmp_path):
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa fox\r\na cat\r\n")
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_prompts_as_windows_writes_them(script, tmp_path, encoding):
+    (tmp_path / "prompts.txt").write_bytes("a fox\r\na cat\r\n".encode(encoding))
     args = script.parse_args(tiny_args("t", "s", "o", "--validation_prompts", str(tmp_path / "prompts.txt")))
     assert script.load_prompts(args)[0] == ["a fox", "a cat"]
 
