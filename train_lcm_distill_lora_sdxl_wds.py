@@ -20,7 +20,7 @@ mean over [w_min, w_max], and is used without guidance. With --lora_rank=0 the w
     accelerate launch train_lcm_distill_lora_sdxl_wds.py \
         --pretrained_teacher_model=stabilityai/stable-diffusion-xl-base-1.0 \
         --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix \
-        --train_shards_path_or_url="cc12m/{00000..01242}.tar" --max_train_samples=12000000 --max_train_steps=5000 \
+        --train_shards_path_or_url="cc12m/{00000..01242}.tar" --max_train_steps=5000 \
         --train_batch_size=12 --mixed_precision=bf16 --gradient_checkpointing --output_dir=lcm-lora-sdxl
 
 `output_dir` then holds `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`, the same for ComfyUI and A1111
@@ -254,7 +254,7 @@ def consistency_loss(student, target, teacher, schedule, x_0, c, uncond, draws, 
 
 
 def predict_x0(net, schedule, x_t, t, c, w, args):
-    """What a student holds for x_0, in validation."""
+    """The student's estimate of x_0, in validation."""
     return consistency_function(net, schedule, x_t, t, c, w, args.timestep_scaling_factor)
 
 
@@ -264,7 +264,7 @@ def scheduler_options(args):
 
 
 def sample_options(_args):
-    """What its `step` is given, in validation, beside the network's output."""
+    """Further arguments of that scheduler's `step`, in validation."""
     return {}
 
 
@@ -299,9 +299,9 @@ def extra_validation(_run, _images):
 #   draw                  all randomness of a step, as Draws
 #   drawn_times           the time t of each sample that was drawn
 #   consistency_loss      of each sample: a pure function of networks, latents, conditioning and draws
-#   predict_x0            what a student holds for x_0: validation samples with it
+#   predict_x0            the student's estimate of x_0: validation samples with it
 #   scheduler_options     settings of METHOD.scheduler
-#   sample_options        what its step is given (eta)
+#   sample_options        further arguments of its step, in validation (eta)
 #   usage                 the call that the model card shows; is_guided_by_user, below, says whose the guidance is
 #   extra_validation      figures of its own, asked on all ranks: those of rank 0 are logged
 #
@@ -2797,7 +2797,7 @@ def add_lora_args(parser):
     add("--lora_dropout", type=number(float, 0, 1), default=0.0, help="dropout of the adapter's input")
     add("--lora_target_modules", nargs="+", metavar="NAME", help="layers, by the end of their names (default: "
         "attention, feed-forward, convolutions, time projections)")  # fmt: skip
-    add("--init_lora", help="go on from this LoRA: hub id, folder or file; its ranks, alphas and layers count")
+    add("--init_lora", help="go on from this LoRA: hub id, folder or file; its ranks, alphas and layers stay")
     add("--base_precision", default="none", choices=["none", "int8", "nf4"], help="quantise the base (bitsandbytes)")
     add("--export_fused", action="store_true", help="also a whole pipeline with the adapter merged, in fused/")
 
@@ -2806,7 +2806,7 @@ def add_data_args(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", nargs="+", required=True, metavar="SHARDS",
         help="tar shards: brace patterns, paths, URLs, pipe: commands, or a .txt list with one a line")  # fmt: skip
-    add("--max_train_samples", type=number(int, 1), help="samples in an epoch (default: counted, if shards are files)")
+    add("--max_train_samples", type=number(int, 1), help="samples an epoch, without --max_train_steps (files: counted)")
     add("--encoded_shards", action=argparse.BooleanOptionalAction, help="read the latents and text embeddings that "
         "prepare_shards.py stored (default: if the first sample has them)")  # fmt: skip
     add("--resolution", type=number(int, 1), help="side of the square training images, in pixels; root of the area of "
@@ -2819,7 +2819,7 @@ def add_data_args(parser):
         "(SDXL: zeros, as its pipeline); with w = 0, guidance and negative prompts stay with the user")  # fmt: skip
     add("--min_image_size", type=number(int, 0), default=0, help="skip samples whose JSON gives a smaller side")
     add("--max_pwatermark", type=float, default=0.5, help="skip samples whose JSON gives a higher pwatermark")
-    add("--max_bad_samples", type=number(float, 0, 1), default=0.5, help="stop if more of 1,000 samples are broken")
+    add("--max_bad_samples", type=number(float, 0, 1), default=0.5, help="stop if a larger share of 1,000 is broken")
     add("--shuffle_buffer_size", type=number(int, 1), default=1000, help="undecoded samples a loader worker shuffles")
     add("--shard_timeout", type=float, default=60.0, help="seconds without data until a URL or pipe is given up")
     add("--dataloader_num_workers", type=number(int, 0), default=4, help="loader processes for each rank")
@@ -2832,10 +2832,10 @@ def add_training_args(parser):
     add("--export_ema_decay", type=number(float, 0, 1), default=0.0, help="decay of an average that is validated and "
         "exported instead of θ⁻; 0: θ⁻ is. Both are float32 copies: in memory they add up")  # fmt: skip
     add("--seed", type=int, default=0, help="of data order, noise, timesteps and guidance weights")
-    add("--train_batch_size", type=number(int, 1), default=16, help="images a process and micro-step")
+    add("--train_batch_size", type=number(int, 1), default=16, help="images per process and micro-step")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-steps in an optimizer step")
     add("--num_train_epochs", type=number(int, 1), default=100, help="epochs, where --max_train_steps is not given")
-    add("--max_train_steps", type=number(int, 1), help="optimizer steps in all")
+    add("--max_train_steps", type=number(int, 1), help="optimizer steps in all (default: --num_train_epochs)")
     add("--learning_rate", type=number(float, 0), help="peak learning rate (default: 8e-6, of a LoRA 1e-4, prodigy 1)")
     add("--scale_lr", action="store_true", help="multiply it by batch size × accumulation × processes")
     add("--lr_scheduler", choices=LR_SCHEDULERS, help="of the learning rate, over --max_train_steps (default: cosine, "
@@ -2849,7 +2849,7 @@ def add_training_args(parser):
     add("--adam_weight_decay", type=number(float, 0), default=1e-2, help="decoupled weight decay")
     add("--adam_epsilon", type=number(float, 0), default=1e-8, help="epsilon of Adam")
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm (0: not)")
-    add("--mixed_precision", choices=list(DTYPES), help="default: as `accelerate config` says")
+    add("--mixed_precision", choices=list(DTYPES), help="of the passes (default: as `accelerate config` says)")
     add("--allow_tf32", action="store_true", help="TF32 also for matrix products (fp16 and bf16: always)")
     add("--deterministic", action="store_true", help="deterministic GPU kernels, slower: resumes to the bit there, too")
     add("--vae_encode_batch_size", type=number(int, 1), help="images the VAE takes at once (default: a megapixel)")
@@ -2866,14 +2866,14 @@ def add_output_args(parser):
     add("--tracker_project_name", help="project in the trackers")
     add("--tracker_run_name", help="name of the run in wandb, mlflow and the like")
     add("--checkpointing_steps", type=number(int, 0), default=500, help="steps between checkpoints (0: none)")
-    add("--checkpoints_total_limit", type=number(int, 1), help="checkpoints to keep")
+    add("--checkpoints_total_limit", type=number(int, 1), help="checkpoints to keep (default: all)")
     add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
     add("--validation_steps", type=number(int, 0), default=200, help="steps between validations (0: none)")
     add("--validation_prompts", nargs="+", default=DEFAULT_PROMPTS, help="texts, or .txt files with one prompt a line; "
         "pictures show nine of them")  # fmt: skip
     add("--validation_negative_prompt", default="", help="negative prompt in validation, of whatever is guided there")
-    add("--validation_guidance_scale", type=number(float, 1), help="w + 1 in validation (default: the middle of those "
-        "distilled; 7.5 where it stays with the user)")  # fmt: skip
+    add("--validation_guidance_scale", type=number(float, 1), help="w + 1 in validation (distillation: the "
+        "middle of those distilled; 7.5 where it stays with the user)")  # fmt: skip
     add("--validation_student_guidance_scale", type=number(float, 1), help="of a student without an embedding of w "
         "(default: 1, none; where guidance stays with the user, the teacher's)")  # fmt: skip
     add("--validation_num_inference_steps", type=number(int, 1), nargs="+", default=[1, 2, 4, 8], help="of the student")

@@ -10,6 +10,8 @@ and for held-out ones:
   training picture, mirrored or not, and from the true one to its own nearest. A copy would be at the VAE's noise from
   its nearest; for the scale, two unrelated latents of mean 0 would be 1.4 apart;
 * how often the nearest training picture has the prompt's name, category, style, and how often the true one's has;
+* how often a classifier of styles, trained on the training pictures, names the prompt's style of the teacher's picture
+  and of the true one, with one guess and with two;
 * PSNR in dB between the teacher's own 1, 2, 4, 8 steps and its 50 from the same noise, by kind of caption.
 
 Whoever chooses settings uses `--heldout validation`; `test` is for tables that are published.
@@ -20,9 +22,11 @@ from pathlib import Path
 
 import diffusers
 import torch
+import torch.nn.functional as F
 import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
+from torch import nn
 from train_teacher import DEMO, encode, read_shards
 
 KINDS = ("full", "unstyled", "category")
@@ -37,6 +41,7 @@ def parse_args(argv=None):
     parser.add_argument("--num_pairs", type=int, default=48, help="pairs of each split, the first of its shard")
     parser.add_argument("--steps", type=int, nargs="+", default=(1, 2, 4, 8), help="to compare with 50")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--style_epochs", type=int, default=14, help="of the classifier of styles")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(argv)
@@ -84,6 +89,37 @@ def agreement(prompts, captions):
     return " / ".join(f"{100 * share:.0f}" for share in shares)
 
 
+def train_classifier(images, labels, classes, args, batch=64):
+    """A small convolutional network that tells the classes of pictures (n, 3, 64, 64)."""
+    torch.manual_seed(args.seed)
+    layers, widths = [], (3, 32, 64, 128, 192)
+    for width_in, width in zip(widths, widths[1:], strict=False):
+        for channels, stride in ((width_in, 2), (width, 1)):
+            layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(width, classes))
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
+    steps = len(images) // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps * args.style_epochs)
+    for _ in range(args.style_epochs):
+        for index in torch.randperm(len(images)).split(batch)[:steps]:
+            x = images[index]
+            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
+            x = x.roll(torch.randint(-4, 5, (2,)).tolist(), (2, 3)) + 0.05 * torch.rand(()) * torch.randn_like(x)
+            loss = F.cross_entropy(net(x), labels[index], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def named(net, pictures, labels):
+    """How often a classifier names the label with one guess, and with two, in percent."""
+    guesses = torch.cat([net(chunk).topk(2).indices for chunk in pictures.split(64)]) == labels[:, None]
+    return f"{100 * guesses[:, 0].float().mean():.0f} / {100 * guesses.any(1).float().mean():.0f} %"
+
+
 def to_image(picture):
     pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
     return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), pixels.numpy().tobytes())
@@ -124,6 +160,12 @@ def main(argv=None):
     held, held_captions = read_shards(args.shards_dir, f"heldout-{args.heldout}.tar")
     first = range(min(args.num_pairs, len(held)))
     splits = {"trained": (trained, trained_captions, bank), "held-out": (held, held_captions, None)}
+    names = sorted({variants[0].rsplit(", ", 1)[1] for variants in trained_captions})
+    styles = {
+        split: torch.tensor([names.index(variants[0].rsplit(", ", 1)[1]) for variants in captions])
+        for split, (_, captions, _) in splits.items()
+    }
+    classifier = train_classifier(trained, styles["trained"], len(names), args) if args.style_epochs else None
     print("split | to the true one | to the nearest trained | the true one to its nearest | name / category / style")
     tables = []
     for split, (images, captions, own) in splits.items():
@@ -146,6 +188,10 @@ def main(argv=None):
                     f"{agreement(texts, near)} % (the true picture's: {agreement(texts, near_true)} %)"
                 )
                 if split == "held-out":
+                    if classifier:
+                        labels = styles[split][: len(first)]
+                        found_styles, true_styles = (named(classifier, x, labels) for x in (pictures, images))
+                        print(f"{split} | style named, one guess / two | {found_styles} (true ones: {true_styles})")
                     neighbours = views[found.indices]
                     rows = zip(texts, pictures, images, neighbours, near, found.values.tolist(), strict=True)
                     draw_grid(args.output_dir / "heldout.png", list(rows))

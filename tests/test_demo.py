@@ -5,9 +5,11 @@ import json
 import random
 import subprocess
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, load_script, read_metrics, run_main
 
 DEMO = ROOT / "demo"
@@ -194,6 +196,15 @@ def test_judging(tools):
     assert found.indices.tolist() == [2] and found.values.tolist() == pytest.approx([1])
     prompts, captions = ["dog, animal, flat", "cat, animal, bold"], ["dog, animal, bold", "cow, animal, bold"]
     assert judge.agreement(prompts, captions) == "50 / 100 / 50"
+
+
+def test_the_judge_learns_to_tell_styles(tools):
+    judge = tools("judge_teacher")
+    labels = torch.arange(256) % 3  # red, green, blue pictures
+    pictures = F.one_hot(labels, 3).float()[:, :, None, None].expand(-1, -1, 64, 64) + 0.1 * torch.randn(256, 3, 64, 64)
+    net = judge.train_classifier(pictures, labels, 3, SimpleNamespace(seed=0, style_epochs=6))
+    assert judge.named(net, pictures, labels) == "100 / 100 %"
+    assert judge.named(net, pictures, (labels + 1) % 3).startswith("0 / ")
 
 
 def test_teacher_goes_on_where_it_stopped(tools, tmp_path):

@@ -153,15 +153,18 @@ def test_install_line_leads_to_the_next():
     assert "source .venv/bin/activate" in block.splitlines()[0]
 
 
+def anchors(text):
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
 def test_links_and_anchors_exist():
     for page in PAGES:
-        text = (ROOT / page).read_text()
-        headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            if target.startswith("#"):
-                assert target[1:] in headings, f"{page}: {target}"
-            elif "://" not in target:
-                assert ((ROOT / page).parent / target.partition("#")[0]).exists(), f"{page}: {target}"
+        for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+            file, _, anchor = target.partition("#")
+            path = (ROOT / page).parent / file if file else ROOT / page
+            if "://" not in target:
+                assert path.exists(), f"{page}: {target}"
+                assert not anchor or anchor in anchors(path.read_text()), f"{page}: {target}"
 
 
 def test_flags_in_text_exist():
