@@ -845,6 +845,9 @@ def load_unets(args, family, dtype):
         return base, base, base, base, add_adapters(base, args, family)
     teacher = load_unet(args, torch.float32)
     source = load_part(UNet2DConditionModel, args.init_from, subfolder="unet") if args.init_from else teacher
+    for name in ("cross_attention_dim", "projection_class_embeddings_input_dim"):
+        if (found := source.config[name]) != (wanted := teacher.config[name]):
+            raise ValueError(f"the {name} of {args.init_from} is {found}, that of the teacher {wanted}")
     student = make_student(source, args)
     target = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
     average = copy.deepcopy(student).requires_grad_(False).eval() if args.export_ema_decay else target
@@ -1174,7 +1177,7 @@ def starting_model(run):
     models, args = run.models, run.args
     path, source = (args.init_from, {"subfolder": "unet"}) if args.init_from else hub_source(args, "unet")
     unet = load_part(UNet2DConditionModel, path, **source)
-    unet.to(run.accelerator.device, models.vae.dtype).eval()
+    unet.to(run.accelerator.device, DTYPES[run.accelerator.mixed_precision]).eval()
     run.nets["teacher"] = Denoiser(unet, unet, models.family)
     try:
         yield
@@ -1197,8 +1200,7 @@ def encode_images(vae, pixel_values, chunk):
 def decode_latents(vae, latents, chunk):
     """Latents → images in [0, 1], float32 (batch, 3, height, width)."""
     scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-    with lent(vae, latents.device):
-        images = torch.cat([vae.decode(part).sample.float() for part in scaled.split(chunk)])
+    images = torch.cat([vae.decode(part).sample.float() for part in scaled.split(chunk)])
     return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -1219,11 +1221,6 @@ def encode_uncond(models, text):
     """The conditioning (1, …) of the unconditional half: zeros for an empty text where the pipeline says so."""
     are_zero = not text and models.zeros_for_empty
     return {name: value * (not are_zero) for name, value in encode_prompts(models, [text]).items()}
-
-
-def size_ids(width, height, count, device):
-    """Time ids (count, 6) of pictures that were neither resized nor cropped."""
-    return torch.tensor([[height, width, 0, 0, height, width]], device=device).expand(count, -1)
 
 
 def find_empty(models, urls):
@@ -1509,9 +1506,9 @@ def load_image(data, resolution, resample):
     return image if image.size == resized else image.resize(resized, resample), size
 
 
-def decode_text(data):
+def decode_text(data, errors="replace"):
     """Text of bytes in UTF-8, or in UTF-16 where they begin as it does; what is neither becomes U+FFFD."""
-    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors)
 
 
 def caption_texts(value):
@@ -1850,8 +1847,7 @@ def expand_shards(patterns):
         is_list, lines = pattern.endswith(".txt") and not pattern.startswith("pipe:"), [pattern]
         try:
             if is_list:
-                data = Path(pattern).read_bytes()
-                lines = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
+                lines = decode_text(Path(pattern).read_bytes(), "strict").splitlines()
                 lines = [re.sub(r"^(['\"])(.*)\1$", r"\2", line.strip()) for line in lines]
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
@@ -1973,13 +1969,13 @@ def save_checkpoint(run):
 
 
 def read_checkpoint(path):
-    """Returns the state of a checkpoint folder with its tensors. Raises anything if a file is missing or damaged."""
+    """A checkpoint folder's state, and its tensors, mapped. Raises anything if a file is missing or damaged."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if missing := {"step", "args", "skipped", "lr_scheduler", "history", "scaler", "stream"} - {*state}:
         raise ValueError(f"state.json has no {', '.join(sorted(missing))}")
     names = chosen_networks(state["args"].get("export_ema_decay"))
     networks = {name: load_file(path / f"{name}.safetensors") for name in names}
-    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
     return {**state, **networks, "optimizer": optimizer, "path": path}
 
 
@@ -2075,7 +2071,8 @@ def set_aside(run):
     names = (output / f"set-aside-{number}" for number in itertools.count(1))
     folder = next(name for name in names if not name.exists())
     folder.mkdir()
-    for path in later:
+    pictures = output.glob("validation/step-[0-9]*.png")
+    for path in [*later, *(path for path in pictures if int(re.search(r"\d+", path.name)[0]) > run.step)]:
         path.rename(folder / path.name)
     if metrics.is_file():
         shutil.copyfile(metrics, folder / metrics.name)
@@ -2203,12 +2200,13 @@ def open_repository(args):
 
 
 def publish(run, patterns):
-    """Adds the last sample grid and the model card to what was exported, and uploads that and nothing else."""
+    """Adds the pictures of these weights and the model card to what was exported; uploads that and nothing else."""
     args, output = run.args, Path(run.args.output_dir)
-    grids = [path for path in output.glob("validation/step-*.png") if path.stem[5:].isdigit()]
-    if grids := sorted(grids, key=lambda path: int(path.stem[5:])):
-        shutil.copyfile(grids[-1], output / "samples.png")
-    (output / "README.md").write_text(model_card(run, bool(grids)), encoding="utf-8")
+    grid = output / "validation" / f"step-{run.step}.png"  # any others are of other weights
+    (output / "samples.png").unlink(missing_ok=True)
+    if grid.is_file():
+        shutil.copyfile(grid, output / "samples.png")
+    (output / "README.md").write_text(model_card(run, grid.is_file()), encoding="utf-8")
     share(output.rglob("*.safetensors"), output / "README.md")
     if args.push_to_hub:
         try:
@@ -2309,7 +2307,8 @@ def load_prompts(args):
         lines = [entry]
         if entry.endswith(".txt"):
             try:
-                lines = [line.strip() for line in Path(entry).read_text(encoding="utf-8").splitlines() if line.strip()]
+                lines = decode_text(Path(entry).read_bytes(), "strict").splitlines()
+                lines = [line.strip() for line in lines if line.strip()]
             except (OSError, ValueError) as error:
                 fail(f"--validation_prompts: {entry} cannot be read: {getattr(error, 'strerror', None) or error}")
             if not lines:
@@ -2378,20 +2377,22 @@ class Sampler:
             c = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             self.uncond = encode_uncond(models, args.validation_negative_prompt)
         self.c = {name: value.repeat_interleave(self.seeds, dim=0) for name, value in c.items()}
-        if models.family.has_time_ids:
-            self.c["time_ids"] = size_ids(*size, len(self.noise), self.noise.device)
+        if models.family.has_time_ids:  # neither resized nor cropped
+            ids = torch.tensor([[*size[::-1], 0, 0, *size[::-1]]], device=self.noise.device)
+            self.c["time_ids"] = ids.expand(len(self.noise), -1)
+
+    def own(self):
+        """The slices of the pictures that this rank draws, one a turn: all ranks have as many, some of them empty."""
+        turns = math.ceil(len(self.noise) / self.chunk / self.run.accelerator.num_processes)
+        first = turns * self.run.accelerator.process_index
+        return [slice(turn * self.chunk, (turn + 1) * self.chunk) for turn in range(first, first + turns)]
 
     def chunks(self, title):
-        """Yields (noise, c) of a few pictures of this rank at a time. Raises Stopped after a signal to any rank, for
-        which all have as many turns, with pictures or without.
-        """
-        rank, ranks = self.run.accelerator.process_index, self.run.accelerator.num_processes
-        turns = math.ceil(len(self.noise) / self.chunk / ranks)
-        own = range(rank * turns, (rank + 1) * turns)
-        for turn in tqdm(own, title, leave=False, delay=2, unit="batch", disable=rank > 0):
+        """Yields (noise, c) of each of its `own` slices. Raises Stopped after a signal to any rank."""
+        hidden = not self.run.accelerator.is_main_process
+        for part in tqdm(self.own(), title, leave=False, delay=2, unit="batch", disable=hidden):
             if wait_for_all(self.run):
                 raise Stopped
-            part = slice(turn * self.chunk, (turn + 1) * self.chunk)
             if len(self.noise[part]):
                 yield self.noise[part], {name: value[part] for name, value in self.c.items()}
 
@@ -2463,15 +2464,13 @@ def validate_size(run, size, suffix):
                                 "%d", LEAST_SET, count)  # fmt: skip
         metrics = {f"{name}{suffix}": value for name, value in extra_validation(run, images).items()}
     sampler, rows, exported = images["sampler"], images["rows"], chosen_networks(args.export_ema_decay)[-1]
-    if not args.from_scratch:
-        student, other = ((net.base, net.adapter) for net in (run.nets["student"], run.nets[exported]))
-        for k in steps:
-            keep_pictures(run, images, "student", k, "student")
-            if student == other:  # without averages
-                for kept in (images["shown"], images["pairs"], images["looks"]):
-                    kept["target", k] = kept["student", k]
-            else:
-                keep_pictures(run, images, "target", k, exported)  # as the figures call it
+    for k in () if args.from_scratch else steps:
+        keep_pictures(run, images, "student", k, "student")
+        if args.ema_decay or args.export_ema_decay:
+            keep_pictures(run, images, "target", k, exported)  # as the figures call it
+        else:
+            for kept in (images["pairs"], images["looks"]):
+                kept["target", k] = kept["student", k]
     few, first = copy.copy(sampler), rows * sampler.seeds
     few.noise, few.c = sampler.noise[first], {name: value[first] for name, value in sampler.c.items()}
     few.chunk = BATCH  # for any number of ranks: the scheduler's noise is that of a batch
@@ -2521,8 +2520,10 @@ def keep_pictures(run, images, name, k, network):
     parts = [to_bytes(part) for part in sampler.parts(network, k)]
     pairs = [compare_pairs(*pair) for pair in zip(parts, images.setdefault("reference", parts), strict=True)]
     looks = [vae_statistics(run.models.vae, part, chunk) for part in parts]
-    pictures, images["pairs"][name, k], images["looks"][name, k] = (gather_parts(run, x) for x in (parts, pairs, looks))
-    images["shown"][name, k] = None if pictures is None else pictures[images["rows"] * sampler.seeds]
+    is_shown = np.isin(np.arange(len(sampler.noise)), images["rows"] * sampler.seeds)
+    shown = [part[is_shown[own]] for part, own in zip(parts, sampler.own(), strict=False)]
+    for kept, found in {"pairs": pairs, "looks": looks, "shown": shown}.items():
+        images[kept][name, k] = gather_parts(run, found)
 
 
 def fidelity(images, steps, groups, seeds):
@@ -2837,7 +2838,7 @@ def add_training_args(parser):
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-steps in an optimizer step")
     add("--num_train_epochs", type=number(int, 1), default=100, help="epochs, where --max_train_steps is not given")
     add("--max_train_steps", type=number(int, 1), help="optimizer steps in all (default: --num_train_epochs)")
-    add("--learning_rate", type=number(float, 0), help="peak learning rate (default: 8e-6, of a LoRA 1e-4)")
+    add("--learning_rate", type=number(float, 0), help="peak learning rate (default: 8e-6, of a LoRA 1e-4, prodigy 1)")
     add("--scale_lr", action="store_true", help="multiply it by batch size × accumulation × processes")
     add("--lr_scheduler", choices=LR_SCHEDULERS, help="of the learning rate, over --max_train_steps (default: cosine, "
         "to 0: a rate that stays high ends in poorer pictures; or as the run that is resumed had it)")  # fmt: skip
@@ -2986,7 +2987,7 @@ def parse_args(argv=None):
     if args.use_8bit_adam:
         args.optimizer = "adamw8bit"
     if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.lora_rank else 8e-6
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4 if args.lora_rank else 8e-6
     if args.init_from and args.lora_rank:
         args.init_lora = args.init_from
     if args.cast_teacher_unet is None:
@@ -3123,6 +3124,8 @@ def check_guidance(args, student):
 
 def start_run(args, accelerator):
     """Checks the inputs, loads models, data and checkpoint, and returns the Run."""
+    load_prompts(args)
+    urls = expand_shards(args.train_shards_path_or_url)
     if os.path.isfile(args.pretrained_teacher_model):
         if accelerator.is_main_process:
             unpack_teacher(args)
@@ -3130,16 +3133,14 @@ def start_run(args, accelerator):
     teacher = check_teacher(args)
     if args.use_fix_crop_and_size and not teacher.family.has_time_ids:
         logger.warning("--use_fix_crop_and_size is for SDXL, and not used with %s", teacher.family.name)
-    load_prompts(args)
-    urls = expand_shards(args.train_shards_path_or_url)
     checkpoint = find_checkpoint(args)
     shapes = {"time_ids": (6,)} if teacher.family.has_time_ids else {}
     found = [check_shards(urls, args, shapes) if accelerator.is_main_process else None]
     args.encoded_shards, args.bucketed_shards = broadcast_object_list(found)[0]
     if args.max_train_steps is None:
         images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        samples = args.max_train_samples or count_samples(urls, args)
-        args.max_train_steps = args.num_train_epochs * math.ceil(samples / images)
+        samples = args.max_train_samples or accelerator.is_main_process and count_samples(urls, args)
+        args.max_train_steps = args.num_train_epochs * math.ceil(broadcast_object_list([samples])[0] / images)
     args.lr_scheduler = args.lr_scheduler or "cosine"
     if args.lr_warmup_steps is None:
         args.lr_warmup_steps = min(500, args.max_train_steps // 10)

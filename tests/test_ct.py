@@ -17,6 +17,8 @@ from conftest import (
     SCRIPTS,
     assert_same_end,
     differences,
+    ends_with,
+    make_sdxl_pipeline,
     read_checkpoint,
     read_losses,
     read_metrics,
@@ -38,6 +40,7 @@ from test_maths import (
     random_c,
     scalings64,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 LORA = [*LORA_FLAGS]
@@ -252,6 +255,21 @@ def test_draws_follow_the_probabilities(ct, sampling):
     assert all(pairs[time] == low for time, low in zip(one.t.tolist(), one.r.tolist(), strict=True))
     later = ct.draw(x_0, schedule, args, torch.Generator().manual_seed(1), 250)
     assert len({*later.t.tolist()}) == 40  # the step decides, not how often this was called
+
+
+class WithoutSums(TorchDispatchMode):
+    """Refuses what CUDA refuses with --deterministic: a cumulative sum of other than whole numbers."""
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        assert func.overloadpacket is not torch.ops.aten.cumsum or not args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("discretization", ["fixed", "ict", "ect"])
+def test_draws_are_deterministic_on_a_gpu(ct, discretization):
+    args, schedule = parse(ct, "--discretization", discretization, "--max_train_steps", "800"), make_schedule(ct)
+    with WithoutSums():
+        ct.draw(torch.zeros(4, 1, 1, 1), schedule, args, torch.Generator().manual_seed(0), 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the loss
@@ -606,6 +624,13 @@ def test_gap_is_the_mean_square_between_neighbouring_times(ct):
     assert gap_of(ct, says(shift))[0] == pytest.approx(exact, rel=1e-3)
 
 
+def test_gap_without_usable_samples(ct, start, monkeypatch):
+    run = start()
+    monkeypatch.setattr(ct, "ShardStream", lambda *_, **__: iter([{"error": "no usable sample"}]))
+    with ends_with("no usable sample"):
+        ct.consistency_gap(run, {})
+
+
 def test_gap_is_asked_on_noising_paths(ct):
     asked = []
     _, x_0, eps = gap_of(ct, lambda x, t, *_: asked.append((x, t)) or torch.zeros_like(x))
@@ -650,6 +675,14 @@ def test_teacher_of_the_validation_is_the_starting_model(ct, train, tiny, tmp_pa
         torch.testing.assert_close(found, stock(x, t, c["text"]).sample, rtol=1e-3, atol=1e-4)
         assert (found - student).abs().max() > 0.01
     assert ("teacher" in done.run.nets) == ("--lora_rank" in flags)  # where it is the base, and needs no memory
+
+
+def test_starting_model_in_the_compute_precision(ct, start, make_teacher):
+    """Also of SDXL, whose VAE is not in it."""
+    run = start("--mixed_precision", "bf16", teacher=make_teacher(make_sdxl_pipeline))
+    assert run.models.vae.dtype == torch.float32
+    with ct.starting_model(run):
+        assert run.nets["teacher"].dtype == torch.bfloat16
 
 
 def test_consistency_function_is_the_identity_at_zero(ct):

@@ -1163,6 +1163,11 @@ def test_prodigy_warns_of_a_small_learning_rate(script, teacher, caplog, rate, w
     assert ("--learning_rate should be 1" in caplog.text) == warns
 
 
+def test_prodigys_own_learning_rate(script):
+    given = ["--pretrained_teacher_model", "t", "--train_shards_path_or_url", "s", "--optimizer", "prodigy"]
+    assert script.parse_args(given).learning_rate == 1
+
+
 # ------------------------------------------------------------------------------------------------ figures of memory
 
 

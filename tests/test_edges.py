@@ -191,6 +191,13 @@ def test_prompts_that_are_none(start, tmp_path, text, message):
         start("--validation_prompts", str(tmp_path / "prompts.txt"))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_prompts_as_windows_writes_them(script, tmp_path, encoding):
+    (tmp_path / "prompts.txt").write_bytes("a fox\r\na cat\r\n".encode(encoding))
+    args = script.parse_args(tiny_args("t", "s", "o", "--validation_prompts", str(tmp_path / "prompts.txt")))
+    assert script.load_prompts(args)[0] == ["a fox", "a cat"]
+
+
 def test_prompt_files_of_one_name_keep_their_figures(script, start, tmp_path):
     files = [tmp_path / folder / "animals.txt" for folder in ("one", "two")]
     for file, text in zip(files, ("a fox\n", "a cat\na dog\n"), strict=True):

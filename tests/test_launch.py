@@ -5,7 +5,9 @@ earlier checkpoint, trackers, the gradient scaler, memory. CUDA's part is simula
 import datetime
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -152,6 +154,24 @@ def test_a_second_run_in_a_folder_without_checkpoints(train, tmp_path, capsys):
     train(output, "--checkpointing_steps", "0", "--max_train_steps", "1")
     assert (output / "set-aside-1" / "metrics.jsonl").read_text() == before
     assert "set-aside-1" in capsys.readouterr().err and len(read_losses(output)) == 1
+
+
+def test_pictures_of_an_earlier_run_are_not_those_of_the_card(lcm, train, tmp_path, monkeypatch):
+    def validate(run):
+        path = Path(run.args.output_dir, "validation", f"step-{run.step}.png")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{run.args.max_train_steps} {run.step}")
+
+    monkeypatch.setattr(lcm, "validate", validate)
+    output, flags = tmp_path / "run", ["--checkpointing_steps", "0", "--max_train_steps"]
+    for steps in ("2", "1"):
+        train(output, *flags, steps, "--validation_steps", "1")
+        assert (output / "samples.png").read_text() == f"{steps} {steps}"
+    pictures = {path.name: path.read_text() for path in output.rglob("step-*.png")}
+    assert pictures == {"step-0.png": "1 0", "step-1.png": "1 1", "step-2.png": "2 2"}
+    assert (output / "set-aside-1" / "step-2.png").is_file()
+    train(output, *flags, "1")
+    assert not (output / "samples.png").exists() and "samples.png" not in (output / "README.md").read_text()
 
 
 def test_fewer_steps_than_the_checkpoint_has(train, tmp_path, capsys):
@@ -328,11 +348,12 @@ def test_letters_beyond_ascii_have_shapes(lcm, caplog):
 
 
 def test_a_grid_shows_nine_of_many_prompts(lcm, start, monkeypatch, tmp_path):
-    """From the first to the last, each beside its own pictures."""
+    """From the first to the last, each beside its own pictures; no others travel between processes."""
     (tmp_path / "many.txt").write_text("\n".join(f"a {number}" for number in range(25)))
     flags = "--num_validation_images 1 --validation_num_inference_steps 1 --validation_prompts".split()
-    run, drawn = start(*flags, str(tmp_path / "many.txt")), []
+    run, drawn, gathered = start(*flags, str(tmp_path / "many.txt")), [], Mock(wraps=lcm.gather_parts)
     picture = lcm.Image.new("L", (1, 1))
+    monkeypatch.setattr(lcm, "gather_parts", gathered)
     monkeypatch.setattr(lcm, "draw_grid", lambda *given: drawn.append(given) or picture)
     lcm.validate_size(run, [16, 16], "")
     columns, prompts = drawn[0]
@@ -340,4 +361,6 @@ def test_a_grid_shows_nine_of_many_prompts(lcm, start, monkeypatch, tmp_path):
     assert prompts == [f"a {row}" for row in rows]
     assert torch.equal(columns["teacher 50"], torch.cat(run.references[""]["reference"])[rows])
     assert all(len(pictures) == 9 for pictures in columns.values())
+    given = [torch.cat(call.args[1]) for call in gathered.call_args_list]
+    assert {len(each) for each in given if each.ndim == 4} == {9} and {len(each) for each in given} == {9, 25}
     run.reader.close()

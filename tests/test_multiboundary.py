@@ -8,7 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SCRIPTS, Case, assert_same_end, differences, ends_with, over, read_losses, run_main, tiny_args
+from conftest import (
+    SCRIPTS,
+    Case,
+    assert_same_end,
+    differences,
+    ends_with,
+    make_sdxl_pipeline,
+    over,
+    read_losses,
+    run_main,
+    tiny_args,
+)
 from diffusers import DiffusionPipeline, TCDScheduler
 from safetensors.torch import load_file
 from test_maths import (
@@ -342,6 +353,11 @@ def test_init_from_a_folder_without_the_right_weights(case, script, tiny, shards
     for folder, flags in ((earlier, other.flags), (tmp_path / "empty", case.flags)):
         with ends_with("--init_(from|lora)"):
             run_main(script, tiny_args(tiny, shards, tmp_path / "run", "--init_from", str(folder), *flags))
+
+
+def test_init_from_a_network_of_another_width(start, make_teacher):
+    with ends_with("cross_attention_dim of .* is 32, that of the teacher 16"):
+        start("--init_from", make_teacher(make_sdxl_pipeline))
 
 
 # ------------------------------------------------------------------------------------------------------------- export

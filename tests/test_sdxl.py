@@ -190,7 +190,7 @@ def test_guided_teacher_is_the_pipelines_guidance(script, start, make_teacher, f
                  generator=torch.Generator().manual_seed(0)).images  # fmt: skip
     assert len(seen) == 10
     (x_twice, t), given, (output,) = seen[3]
-    ids = script.size_ids(16, 24, 1, torch.device("cpu"))
+    ids = script.Sampler(run, (16, 24)).c["time_ids"][:1]
     assert given["added_cond_kwargs"]["time_ids"].tolist() == ids.expand(2, -1).tolist() == [[24, 16, 0, 0, 24, 16]] * 2
     without, cond = output.chunk(2)
     x_t, c = x_twice[:1], {**script.encode_prompts(run.models, ["a fox"]), "time_ids": ids}

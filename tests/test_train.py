@@ -294,6 +294,19 @@ def test_epochs_give_the_steps(lcm, tiny, shards, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]  # 21 samples, twice
 
 
+@over([LCM])
+def test_the_first_process_counts_for_all(case, teacher, shards, tmp_path):
+    """What another counted, of a shard that it could not read, say, would let it wait for ever."""
+    arguments = tiny_args(teacher, shards, tmp_path, "--num_train_epochs", "1", *case.flags)
+    del arguments[(at := arguments.index("--max_train_steps")) : at + 2]
+
+    def spoil(script):
+        script.count_samples = lambda *_: 8 if os.environ["RANK"] == "0" else 400
+
+    run_two(case.name, arguments, spoil)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
 @pytest.mark.parametrize("schedule, factors", [("linear", [0.5, 1, 0.5, 0]), ("constant_with_warmup", [0.5, 1, 1, 1]),
                                    ("constant", [1, 1, 1, 1])])  # fmt: skip
 def test_learning_rates(train, tmp_path, schedule, factors):
@@ -661,6 +674,18 @@ def test_half_checkpoints_are_passed_over(script, train, straight, tmp_path, cap
     assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
     assert "checkpoint-11 is damaged or not there" in capsys.readouterr().err
     assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-best"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+def test_a_checkpoint_is_mapped_into_memory_and_stays_as_it_is(script, train, straight, tmp_path):
+    """Of a large model's, the ranks of a machine share what they read of it."""
+    folder = shutil.copytree(straight / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copy(straight / "metrics.jsonl", tmp_path)
+    before = (folder / "optimizer.pt").read_bytes()
+    state = script.read_checkpoint(folder)
+    assert str(folder / "optimizer.pt") in Path("/proc/self/maps").read_text() and state["step"] == 2
+    assert_same_end(train(tmp_path, "--resume_from_checkpoint", "latest"), straight)
+    assert (folder / "optimizer.pt").read_bytes() == before
 
 
 def test_checkpoint_limit_and_a_full_disk(train, straight, tmp_path, on_call):

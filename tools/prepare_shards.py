@@ -499,9 +499,9 @@ def load_image(data, resolution, resample):
 
 
 # Copied from the engine
-def decode_text(data):
+def decode_text(data, errors="replace"):
     """Text of bytes in UTF-8, or in UTF-16 where they begin as it does; what is neither becomes U+FFFD."""
-    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors)
 
 
 # Copied from the engine
@@ -542,8 +542,7 @@ def expand_shards(patterns):
         is_list, lines = pattern.endswith(".txt") and not pattern.startswith("pipe:"), [pattern]
         try:
             if is_list:
-                data = Path(pattern).read_bytes()
-                lines = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
+                lines = decode_text(Path(pattern).read_bytes(), "strict").splitlines()
                 lines = [re.sub(r"^(['\"])(.*)\1$", r"\2", line.strip()) for line in lines]
             lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             found = [url for line in lines for url in expand_urls(line)]
