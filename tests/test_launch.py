@@ -67,6 +67,7 @@ def test_settings_of_accelerate_do_not_win_in_silence(lcm, tiny, shards, tmp_pat
     lcm.check_launch()
     assert "--compile" in log_of(caplog) and "ACCELERATE_DYNAMO_BACKEND" not in os.environ
     args = lcm.parse_args(tiny_args(tiny, shards, tmp_path, "--gradient_accumulation_steps", "2"))
+    forget_run()
     accelerator = lcm.make_accelerator(args)
     assert accelerator.gradient_accumulation_steps == 2
     assert accelerator.state.dynamo_plugin.backend.value == "NO"
@@ -80,6 +81,7 @@ def test_what_shards_the_model_is_refused(lcm, kind, monkeypatch):
 
 
 def test_ranks_wait_for_a_day(lcm, tiny, shards, tmp_path):
+    forget_run()
     accelerator = lcm.make_accelerator(lcm.parse_args(tiny_args(tiny, shards, tmp_path)))
     assert accelerator.init_handler.timeout == datetime.timedelta(days=1)
     assert accelerator.ddp_handler.gradient_as_bucket_view and not accelerator.ddp_handler.broadcast_buffers
