@@ -433,7 +433,7 @@ def train(ct, tiny, shards, monkeypatch):
                                    [*LORA, "--lora_dropout", "0.5"],
                                    ["--dropout", "0.5", "--gradient_checkpointing"]], ids=" ".join)  # fmt: skip
 def test_dropout_in_a_run(ct, train, tmp_path, monkeypatch, flags):
-    """With r = t the first loss is exactly zero, also after a validation; and dropout is at work in both branches."""
+    """With r = t every loss is zero but for rounding, also after a validation; dropout is at work in both branches."""
     plain, dropped, dropout = ct.draw, [], torch.nn.Dropout.forward
 
     def draw(*args):
@@ -449,7 +449,7 @@ def test_dropout_in_a_run(ct, train, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(torch.nn.Dropout, "forward", forward)
     flags = ["--learning_rate", "0", "--loss_weighting", "none", "--validation_steps", "2", *QUICK_VALIDATION, *flags]
     done = train(tmp_path / "run", *flags)
-    assert [loss for _, loss, *_ in read_losses(done.output)] == [0, 0, 0, 0]
+    assert [loss for _, loss, *_ in read_losses(done.output)] == pytest.approx([0, 0, 0, 0], abs=1e-7)
     student, target = (dropped.count(has_gradient) for has_gradient in (True, False))
     assert target > 0 and (student > target if "--gradient_checkpointing" in flags else student == target)
 
