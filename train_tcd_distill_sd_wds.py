@@ -676,7 +676,7 @@ def hub_source(args, part=None):
     """Where the teacher is found, or a part of it, or the VAE given instead of its own: a path, and arguments."""
     path, source = args.pretrained_teacher_model, {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
     if os.path.isfile(path):
-        path, source = str(Path(args.output_dir, "teacher")), {}  # where unpack_teacher put it
+        path, source = str(Path(args.output_dir, "unpacked-teacher")), {}  # where unpack_teacher put it
     vae = args.pretrained_vae_model_name_or_path
     if part == "vae" and vae:
         given = {"config": path, "subfolder": "vae"} if os.path.isfile(vae) else {"revision": args.revision}
@@ -744,7 +744,7 @@ def unpack_teacher(args):
                                                 torch_dtype=first.dtype, **family.pipeline_options(parts))  # fmt: skip
         if is_v and pipe.scheduler.config.prediction_type != "v_prediction":
             raise ValueError("it is for v-prediction, and the scheduler there is not")
-        shutil.rmtree(folder := Path(args.output_dir, "teacher"), ignore_errors=True)
+        shutil.rmtree(folder := Path(args.output_dir, "unpacked-teacher"), ignore_errors=True)
         pipe.save_pretrained(folder)
     except Exception as error:
         fail(f"the teacher {path} cannot be read with --single_file_config {config}: {first_line(error)}")

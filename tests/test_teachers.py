@@ -295,6 +295,7 @@ def test_single_file(make_teacher, config, shards, tmp_path, begin):
     assert same(run.nets["teacher"].base, known["unet"]) and same(run.models.vae, known["vae"])
     assert same(run.models.text_encoders[0], known["text_encoder"])
     outputs = {"file": (file, "--single_file_config", str(config)), "folder": (folder,)}
+    (tmp_path / "file" / "teacher").mkdir(parents=True)  # somebody's own
     for name, (teacher, *more) in outputs.items():
         run_main(get_script("train_lcm_distill_sd_wds"), tiny_args(str(teacher), shards, tmp_path / name,
                  "--max_train_steps", "1", *more))  # fmt: skip
@@ -305,7 +306,7 @@ def test_single_file(make_teacher, config, shards, tmp_path, begin):
         assert one.keys() == other.keys()
         for key in one:
             torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-6)
-    assert not (tmp_path / "file" / "teacher").exists()
+    assert (tmp_path / "file" / "teacher").exists() and not (tmp_path / "file" / "unpacked-teacher").exists()
 
 
 def test_shards_encoded_from_a_single_file(make_teacher, config, shards, tmp_path, tool, encoder, capfd):
