@@ -2654,8 +2654,11 @@ def report(run, size, suffix, metrics, drawn):
     pictures |= {title: to_bytes(each) for title, each in drawn.items()}
     grid = draw_grid(pictures, [sampler.prompts[row] for row in rows])
     path = Path(args.output_dir, "validation", f"step-{run.step}{suffix}.png")
-    path.parent.mkdir(exist_ok=True)
-    grid.save(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error)
     for tracker in run.accelerator.trackers:
         kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         if hasattr(tracker, "log_images"):

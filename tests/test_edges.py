@@ -120,10 +120,12 @@ def test_speeds_do_not_count_validation_and_checkpoints(script, start, monkeypat
     assert figures == [(4 / 2.5, 0.5 / 2.5)] * 2
 
 
-def test_metrics_that_cannot_be_written_only_warn(case, train, tmp_path, capsys):
+def test_metrics_and_pictures_that_cannot_be_written_only_warn(case, train, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").mkdir()
-    train(tmp_path, "--max_train_steps", "1")
-    assert "metrics.jsonl cannot be written: " in capsys.readouterr().err
+    (tmp_path / "validation").touch()
+    train(tmp_path, "--max_train_steps", "1", "--validation_steps", "1", *QUICK_VALIDATION)
+    told = capsys.readouterr().err
+    assert "metrics.jsonl cannot be written: " in told and "step-1.png cannot be written: " in told
     assert case.exported(tmp_path) <= {path.name for path in tmp_path.iterdir()}
 
 
