@@ -460,7 +460,12 @@ def train(run):
     args, accelerator = run.args, run.accelerator
     progress = tqdm(total=args.max_train_steps, initial=run.step, disable=not accelerator.is_local_main_process,
                     desc="Steps", unit="step", dynamic_ncols=True)  # fmt: skip
-    if args.validation_steps and run.step == 0:
+
+    def is_due(step):
+        return args.validation_steps and (step % args.validation_steps == 0 or step == args.max_train_steps)
+
+    lost = not Path(args.output_dir, "validation", f"step-{run.step}.png").exists()  # a stop may come before it
+    if is_due(run.step) and (run.step == 0 or broadcast_object_list([lost])[0]):
         validate(run)
     clock = {"time": time.perf_counter(), "step": run.step}
     while run.step < args.max_train_steps:
@@ -478,7 +483,7 @@ def train(run):
             accelerator.end_training()  # all ranks are here: this is no error, after which one leaves alone
             logger.warning("Stopped by signal %d; go on with --resume_from_checkpoint latest", stop)
             raise SystemExit(128 + stop)
-        if args.validation_steps and (run.step % args.validation_steps == 0 or is_last):
+        if is_due(run.step):
             validate(run)
         clock["time"] += time.perf_counter() - paused
     progress.close()

@@ -341,3 +341,17 @@ def test_card_with_quotes_and_colons(script, start, teacher, tmp_path):
     nodes = [*ast.walk(ast.parse(text.split("```")[1].removeprefix("python\n")))]
     literals = {node.value for node in nodes if isinstance(node, ast.Constant)}
     assert {prompt, run.args.output_dir} <= literals and (teacher in literals) == ("load_lora" in text)
+
+
+def test_a_validation_that_a_kill_prevented_is_made_up_for(train, tmp_path):
+    flags = ["--max_train_steps", "2", "--checkpointing_steps", "2", "--validation_steps", "2", *QUICK_VALIDATION]
+    train(tmp_path, *flags)
+    picture, made = tmp_path / "validation" / "step-2.png", []
+    before = picture.read_bytes()
+    for is_lost in (True, False):
+        if is_lost:
+            picture.unlink()
+        train(tmp_path, *flags, "--resume_from_checkpoint", "latest")
+        assert picture.read_bytes() == before == (tmp_path / "samples.png").read_bytes()
+        made.append(sum(any("fidelity" in key for key in line) for line in read_metrics(tmp_path)))
+    assert made[0] == made[1]  # what is there is not made again
