@@ -105,7 +105,7 @@ def test_argument_files(path, monkeypatch):
     [
         ("train_tcd_distill_sd_wds", "--w_min 2 --w_max 2 --learning_rate 2e-4", -0.4),
         ("train_tcd_distill_lora_sd_wds", "--w_min 2 --w_max 2 --lora_rank 32 --learning_rate 3e-3", -0.4),
-        ("train_cd_multiboundary", "--guidance_scale 3 --num_boundaries 4 --learning_rate 2e-4", 0.3),
+        ("train_cd_multiboundary", "--guidance_scale 3 --num_boundaries 4 --learning_rate 2e-4", 0.5),
     ],
 )
 def test_short_distillation_of_jumps_improves_four_steps(tmp_path, name, flags, gain):
